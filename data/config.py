@@ -1,0 +1,38 @@
+"""What a user can say about data. Plain dataclasses only: no import here may cost a `--help` any time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the training rows come from and how they become packed rows of tokens."""
+
+    name: str | None = None
+    """Dataset on the Hugging Face hub, as org/name. With neither name nor path the embedded chat data is used."""
+
+    path: str | None = None
+    """Local file (.jsonl, .json, .parquet) or a folder of them."""
+
+    split: str = "train"
+    """Split to train on."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the hub dataset; it is resolved to a commit once and recorded in run.json."""
+
+    seq_len: int = 256
+    """Tokens per packed row."""
+
+    packing: Literal["best_fit", "none"] = "best_fit"
+    """best_fit fills each row with whole conversations; none puts one conversation in a row."""
+
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What to do with a conversation longer than seq_len tokens; every case is counted."""
+
+    max_bad_rows_pct: float = 1.0
+    """Stop when more than this percentage of the rows cannot be used (malformed, or a mask that cannot be proven)."""
+
+    workers: int = 0
+    """Worker processes per rank that assemble batches ahead; 0 assembles them in the training process."""

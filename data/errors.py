@@ -1,0 +1,5 @@
+"""The error a user can do something about."""
+
+
+class DataError(ValueError):
+    """One line that names what is wrong, where, and the remedy. Scripts print it without a traceback."""

@@ -1,0 +1,35 @@
+"""What a user can say about the model. Plain dataclasses only: no import here may cost a `--help` any time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which Qwen model is trained, and how its code runs."""
+
+    name: str | None = None
+    """Model on the Hugging Face hub, as org/name. With neither name nor path a small built-in Qwen3 is trained."""
+
+    path: str | None = None
+    """Local folder with config.json, safetensors and a tokenizer."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the hub model; it is resolved to a commit once and recorded in run.json."""
+
+    tokenizer: str | None = None
+    """Local folder or hub model to take the tokenizer from; default: the model's own."""
+
+    init: Literal["pretrained", "random"] = "pretrained"
+    """pretrained loads the safetensors; random initialises the weights from the configuration and the seed."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Changes to the model's config.json, for example {"num_hidden_layers": 2}; only with random weights."""
+
+    attention: Literal["packed", "sdpa"] = "packed"
+    """packed: variable-length kernel on CUDA, one call per document on CPU; sdpa: PyTorch SDPA with a dense mask."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Floating-point type of the exported safetensors."""

@@ -1,0 +1,58 @@
+"""The command line of train.py: one frozen `TrainConfig` from flags and YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data.config import DataConfig
+from models.config import ModelConfig
+from trainer.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LogConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything one training run depends on."""
+
+    cache_dir: str = "cache"
+    """The one folder for every download and every derived file: models, datasets, tokenised data, compiled code."""
+
+    output_dir: str | None = None
+    """Folder of this run's results; default outputs/RUN_NAME."""
+
+    seed: int = 0
+    """Seed of weight initialisation and of the order of the data."""
+
+    steps: int | None = None
+    """Optimizer steps to run; default: as many as `epochs` needs."""
+
+    epochs: float = 1.0
+    """Passes over the training data, when steps is not given."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is a GPU."""
+
+    micro_batch_size: int = 4
+    """Packed rows per forward and backward on one rank."""
+
+    global_batch_size: int | None = None
+    """Packed rows per optimizer step over all ranks; default: micro_batch_size times the data-parallel ranks."""
+
+    resume: str = "auto"
+    """auto continues from the newest checkpoint in output_dir; never starts anew; or the path of a checkpoint."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,129 @@
+"""What a user can say about training. Plain dataclasses only: no import here may cost a `--help` any time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How parameters, gradients and optimizer state are spread over ranks, and in which precision."""
+
+    dp_replicate: int = 1
+    """Data-parallel replicas of the sharded model; above 1 with dp_shard above 1 is hybrid sharding (HSDP)."""
+
+    dp_shard: int = -1
+    """Ranks that share one copy of the parameters; -1 takes all that dp_replicate leaves."""
+
+    wrap_policy: str = "transformer"
+    """Which modules FSDP shards as one group: transformer (the decoder layers), size, or callable:package.function."""
+
+    min_wrap_params: int = 1_000_000
+    """Parameter count from which the size policy makes a module a group."""
+
+    reshard_after_forward: bool = True
+    """Free a layer's gathered parameters after forward and gather them again in backward: less memory, more traffic."""
+
+    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the gathered parameters and of the computation."""
+
+    reduce_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Type in which gradients are reduced over ranks."""
+
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full recomputes each decoder layer in backward instead of keeping its activations."""
+
+    compile: bool = False
+    """Compile each decoder layer with torch.compile."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (https://arxiv.org/abs/1711.05101) and gradient clipping."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; norms and biases get none."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the running averages of the gradient and of its square."""
+
+    eps: float = 1e-8
+    """Added to the denominator."""
+
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this value; 0 does not clip."""
+
+    max_skipped_steps: int = 5
+    """Stop after this many steps in a row were skipped because a gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate as a function of the step."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after warm-up; wsd is constant with a linear decay at the end."""
+
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+
+    min_ratio: float = 0.0
+    """Final learning rate as a fraction of the peak."""
+
+    decay_pct: float = 20.0
+    """Percentage of all steps in which wsd decays."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the whole training state is saved, and what is left at the end."""
+
+    every: int = 0
+    """Steps between checkpoints; 0 saves only at the end and when the job is told to stop."""
+
+    keep_last: int = 2
+    """Checkpoints to keep; older ones are removed after a newer one is complete. 0 keeps all."""
+
+    asynchronous: bool = False
+    """Write checkpoints in the background while training goes on."""
+
+    export: bool = True
+    """Write a Hugging Face model to OUTPUT_DIR/export at the end."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Loss, and exact-match answers where the data has checkable ones, on held-out rows."""
+
+    every: int = 0
+    """Steps between evaluations during training; 0 evaluates only before the first and after the last step."""
+
+    split: str | None = None
+    """Split of the dataset to evaluate on; default: test for the embedded data, otherwise no evaluation."""
+
+    max_rows: int = 512
+    """Conversations of the split to use."""
+
+    generate_rows: int = 128
+    """Held-out questions the model answers by greedy decoding for exact match; 0 generates nothing."""
+
+    max_new_tokens: int = 48
+    """Tokens an answer may have."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while training runs."""
+
+    every: int = 10
+    """Steps between logged rows."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to OUTPUT_DIR/tensorboard."""
+
+    progress: bool = True
+    """Show a progress bar on rank 0."""
