@@ -22,7 +22,8 @@ class TrainConfig:
     """Everything one training run depends on."""
 
     cache_dir: str = "cache"
-    """The one folder for every download and every derived file: models, datasets, tokenised data, compiled code."""
+    """The one folder for every download and every derived file: models, datasets, tokenised data,
+    compiled code."""
 
     output_dir: str | None = None
     """Folder of this run's results; default outputs/RUN_NAME."""
@@ -43,10 +44,12 @@ class TrainConfig:
     """Packed rows per forward and backward on one rank."""
 
     global_batch_size: int | None = None
-    """Packed rows per optimizer step over all ranks; default: micro_batch_size times the data-parallel ranks."""
+    """Packed rows per optimizer step over all ranks; default: micro_batch_size times the
+    data-parallel ranks."""
 
     resume: str = "auto"
-    """auto continues from the newest checkpoint in output_dir; never starts anew; or the path of a checkpoint."""
+    """auto continues from the newest checkpoint in output_dir; never starts anew; or the path of a
+    checkpoint."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

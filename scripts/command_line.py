@@ -1,0 +1,570 @@
+"""Flags and YAML files in, one frozen config dataclass out; a mistake is one line and its remedy.
+
+Order of precedence: dataclass default < embedded recipe < `--config` files, in order < flags,
+wherever they stand. jsonargparse holds the flags and checks the types. Names are checked here,
+because argparse cannot say what a wrong one should have been; YAML is read here, because the usual
+loader keeps the last of two equal keys and forgets line numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import re
+import shutil
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from docstring_parser import parse_from_object
+from jsonargparse import ArgumentParser
+
+from scripts.config import TrainConfig
+
+EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.yaml"
+
+Config = TypeVar("Config")
+
+# Names from the Hugging Face Trainer, TRL and peft. A value that starts with "--" is our flag for
+# the same thing; any other value completes the sentence that starts with the foreign name.
+FOREIGN_NAMES: dict[str, str] = {
+    "model_name_or_path": "--model.name",
+    "model_name": "--model.name",
+    "model_revision": "--model.revision",
+    "tokenizer_name": "--model.tokenizer",
+    "tokenizer_name_or_path": "--model.tokenizer",
+    "config_overrides": "--model.overrides",
+    "attn_implementation": "--model.attention",
+    "dataset_name": "--data.name",
+    "dataset_path": "--data.path",
+    "train_file": "--data.path",
+    "dataset_train_split": "--data.split",
+    "dataset_split": "--data.split",
+    "dataset_test_split": "--evaluation.split",
+    "max_seq_length": "--data.seq_len",
+    "max_length": "--data.seq_len",
+    "block_size": "--data.seq_len",
+    "packing": "--data.packing",
+    "dataloader_num_workers": "--data.workers",
+    "per_device_train_batch_size": "--micro_batch_size",
+    "train_batch_size": "--global_batch_size",
+    "num_train_epochs": "--epochs",
+    "max_steps": "--steps",
+    "data_seed": "--seed",
+    "gradient_checkpointing": "--parallel.activation_checkpointing",
+    "torch_compile": "--parallel.compile",
+    "bf16": "--parallel.param_dtype",
+    "torch_dtype": "--parallel.param_dtype",
+    "fsdp_transformer_layer_cls_to_wrap": "--parallel.wrap_policy",
+    "learning_rate": "--optimizer.learning_rate",
+    "lr": "--optimizer.learning_rate",
+    "weight_decay": "--optimizer.weight_decay",
+    "adam_beta1": "--optimizer.betas",
+    "adam_beta2": "--optimizer.betas",
+    "adam_epsilon": "--optimizer.eps",
+    "max_grad_norm": "--optimizer.max_grad_norm",
+    "lr_scheduler_type": "--schedule.name",
+    "warmup_steps": "--schedule.warmup_steps",
+    "save_steps": "--checkpoint.every",
+    "save_total_limit": "--checkpoint.keep_last",
+    "resume_from_checkpoint": "--resume",
+    "eval_steps": "--evaluation.every",
+    "max_eval_samples": "--evaluation.max_rows",
+    "logging_steps": "--log.every",
+    "disable_tqdm": "--log.progress",
+    "gradient_accumulation_steps": "is derived here: set --global_batch_size, rows per step",
+    "per_device_eval_batch_size": "follows --micro_batch_size here",
+    "dataset_config": "--data.subset",
+    "dataset_config_name": "--data.subset",
+    "warmup_ratio": "is a number of steps here: set --schedule.warmup_steps",
+    "lr_scheduler_kwargs": "is --schedule.min_ratio and --schedule.decay_pct here",
+    "fp16": "is not supported: set --parallel.param_dtype to bfloat16 or float32",
+    "tf32": "needs no flag: float32 matrix products use TF32 on CUDA",
+    "fsdp": "is always on: see --parallel.wrap_policy and the other --parallel flags",
+    "fsdp_config": "is --parallel.wrap_policy and the other --parallel flags here",
+    "deepspeed": "is not used: FSDP2 shards the model, see the --parallel flags",
+    "ddp_backend": "follows --device here: nccl on CUDA, gloo on CPU",
+    "local_rank": "comes from torchrun",
+    "optim": "is always AdamW here: see the --optimizer flags",
+    "do_train": "needs no flag: train.py always trains",
+    "do_eval": "is --evaluation.split here",
+    "eval_strategy": "is a number of steps here: set --evaluation.every",
+    "evaluation_strategy": "is a number of steps here: set --evaluation.every",
+    "save_strategy": "is a number of steps here: set --checkpoint.every",
+    "logging_strategy": "is a number of steps here: set --log.every",
+    "logging_dir": "is always OUTPUT_DIR/tensorboard: set --output_dir",
+    "report_to": "is --log.tensorboard here; metrics.jsonl is always written",
+    "overwrite_output_dir": "is not needed: nothing is overwritten, and --resume never starts anew",
+    "run_name": "is the last folder of --output_dir here",
+    "push_to_hub": "is not supported: upload OUTPUT_DIR/export with hf upload",
+    "trust_remote_code": "is not supported: only the model code of transformers runs",
+    "use_peft": "is not supported: all weights are trained",
+    "use_lora": "is not supported: all weights are trained",
+    "lora_r": "is not supported: all weights are trained",
+    "lora_alpha": "is not supported: all weights are trained",
+    "lora_dropout": "is not supported: all weights are trained",
+    "lora_target_modules": "is not supported: all weights are trained",
+    "load_in_4bit": "is not supported: see --parallel.param_dtype for what is",
+    "load_in_8bit": "is not supported: see --parallel.param_dtype for what is",
+    "hf_token": "is read from the environment only: export HF_TOKEN",
+    "hub_token": "is read from the environment only: export HF_TOKEN",
+    "use_auth_token": "is read from the environment only: export HF_TOKEN",
+}
+
+# Inclusive lower bounds. The types are already right when these are checked.
+_AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "steps": 1,
+    "micro_batch_size": 1,
+    "global_batch_size": 1,
+    "data.seq_len": 2,
+    "data.workers": 0,
+    "parallel.dp_replicate": 1,
+    "parallel.min_wrap_params": 1,
+    "optimizer.learning_rate": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.max_grad_norm": 0,
+    "optimizer.max_skipped_steps": 0,
+    "schedule.warmup_steps": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep_last": 0,
+    "evaluation.every": 0,
+    "evaluation.max_rows": 1,
+    "evaluation.generate_rows": 0,
+    "evaluation.max_new_tokens": 1,
+    "log.every": 1,
+}
+
+
+class CommandLineError(ValueError):
+    """One printable line: what is wrong, where, the remedy. Scripts print it and exit with 2."""
+
+    def __init__(self, message: str) -> None:
+        # Names and values come from files: a control character must not reach the terminal.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+class _Help(argparse.HelpFormatter):
+    """Two columns, never wider than 100 characters."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(100, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=26, width=width)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, as in YAML 1.2."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back unchanged."""
+
+
+for _yaml_class in (_Loader, _Dumper):
+    _yaml_class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
+    """The configuration of one run of train.py.
+
+    Args:
+        argv: the arguments without the program's name; default: those of this process.
+
+    Raises:
+        CommandLineError: for any mistake in the flags or in a file.
+        SystemExit: with 0 after `--help` or `--print_config`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser(TrainConfig, "train.py")
+    if "--help" in argv or "-h" in argv:
+        print_and_exit(parser.format_help())
+    given = [argument for argument in argv if argument != "--print_config"]
+    values = read_values(parser, TrainConfig, given)
+    if values.get("model.name") is None and values.get("model.path") is None:
+        values = read_yaml(parser, TrainConfig, EMBEDDED_RECIPE) | values
+    config = build_config(TrainConfig, values)
+    validate(config)
+    if len(given) < len(argv):
+        print_and_exit(to_yaml(config))
+    return config
+
+
+def build_parser(config_class: type, prog: str) -> ArgumentParser:
+    """A parser with one flag for each leaf of the config dataclass; its docstrings are the help."""
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE.yaml ...] [--FLAG VALUE ...]",
+        formatter_class=_Help,
+        exit_on_error=False,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    group = parser.add_argument_group("general")
+    group.add_argument("-h", "--help", action="store_true", help="Show this help and exit.")
+    group.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        action="append",
+        help="YAML file with values for these flags; a later file wins over an earlier one, a flag "
+        "over any file. Can be repeated. (default: none)",
+    )
+    group.add_argument(
+        "--print_config",
+        action="store_true",
+        help="Print the resolved configuration as YAML for --config, and exit.",
+    )
+    title = ""
+    for name, hint, default, doc, group_doc in _leaves(config_class):
+        if name.rpartition(".")[0] != title:
+            title = name.rpartition(".")[0]
+            group = parser.add_argument_group(title, group_doc)
+        group.add_argument(
+            f"--{name}",
+            type=hint,
+            default=default,
+            metavar=_placeholder(hint),
+            help=f"{doc} (default: {_shown(default)})".replace("%", "%%"),
+        )
+    return parser
+
+
+def read_values(parser: ArgumentParser, config_class: type, argv: list[str]) -> dict[str, Any]:
+    """What a user gave, as {"optimizer.learning_rate": 1e-05, ...}: files first, flags over them.
+
+    Raises:
+        CommandLineError: unknown or misspelt name, missing or wrong value, unreadable file.
+    """
+    hints = {name: hint for name, hint, *_ in _leaves(config_class)}
+    files: list[str] = []
+    flags: dict[str, Any] = {}
+    for name, text in _split_arguments(argv, hints):
+        if name == "config":
+            files.append(text)
+        else:
+            flags[name] = _checked(parser, name, hints[name], text, f"--{name}", is_flag=True)
+    values: dict[str, Any] = {}
+    for file in files:
+        values.update(read_yaml(parser, config_class, Path(file)))
+    return values | flags
+
+
+def read_yaml(parser: ArgumentParser, config_class: type, path: Path) -> dict[str, Any]:
+    """The values of one YAML file, as {"optimizer.learning_rate": 1e-05, ...}.
+
+    Raises:
+        CommandLineError: unreadable, not safe YAML, not a mapping, duplicate or unknown key, or
+            wrong type; with the line.
+    """
+    hints = {name: hint for name, hint, *_ in _leaves(config_class)}
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise CommandLineError(f"{path}: expected a mapping of flag names to values")
+        values: dict[str, Any] = {}
+        for name, node in _walk(root, "", hints, path, set()):
+            value = loader.construct_object(node, deep=True)
+            place = f"{path}:{node.start_mark.line + 1}: {name}"
+            values[name] = _checked(parser, name, hints[name], value, place)
+    except OSError as error:
+        raise CommandLineError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CommandLineError(f"--config {path}: not UTF-8 text") from error
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise CommandLineError(f"{path}{line}: {error.problem}; only plain YAML is read") from error
+    except yaml.YAMLError as error:
+        raise CommandLineError(f"{path}: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise CommandLineError(f"{path}: nested too deeply") from error
+    return values
+
+
+def build_config(config_class: type[Config], values: dict[str, Any], prefix: str = "") -> Config:
+    """The dataclass with these dotted values and its own defaults for the rest."""
+    hints = get_type_hints(config_class)
+    arguments = {}
+    for field in fields(config_class):  # type: ignore[arg-type]
+        name = prefix + field.name
+        if is_dataclass(hints[field.name]):
+            arguments[field.name] = build_config(hints[field.name], values, f"{name}.")
+        elif name in values:
+            arguments[field.name] = values[name]
+    return config_class(**arguments)
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML; given back with `--config` it yields the equal dataclass."""
+    plain = asdict(config, dict_factory=lambda items: {key: _plain(value) for key, value in items})
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def print_and_exit(text: str) -> NoReturn:
+    """Print on rank 0 alone, then leave with exit code 0 on every rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text.rstrip())
+    sys.exit(0)
+
+
+def validate(config: TrainConfig) -> None:
+    """Check what needs neither files nor the number of ranks.
+
+    Raises:
+        CommandLineError: a value out of range, or two values that contradict each other.
+    """
+    values = {name: _value_at(config, name) for name, *_ in _leaves(type(config))}
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise CommandLineError(f"--{name} must be a finite number, got {number}")
+        if value == "":
+            raise CommandLineError(f"--{name} is empty: give a value, or leave the flag out")
+    for name, bound in _AT_LEAST.items():
+        if values[name] is not None and values[name] < bound:
+            raise CommandLineError(f"--{name} must be at least {bound}, got {values[name]}")
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise CommandLineError(message)
+
+    shards = config.parallel.dp_shard
+    require(
+        shards == -1 or shards >= 1, f"--parallel.dp_shard must be -1 or at least 1, got {shards}"
+    )
+    require(config.epochs > 0, f"--epochs must be above 0, got {config.epochs}")
+    require(
+        config.optimizer.eps > 0, f"--optimizer.eps must be above 0, got {config.optimizer.eps}"
+    )
+    require(
+        all(0 <= beta < 1 for beta in config.optimizer.betas),
+        f"--optimizer.betas must be in [0, 1), got {_shown(config.optimizer.betas)}",
+    )
+    require(
+        0 <= config.schedule.min_ratio <= 1,
+        f"--schedule.min_ratio must be between 0 and 1, got {config.schedule.min_ratio}",
+    )
+    for name in ("schedule.decay_pct", "data.max_bad_rows_pct"):
+        require(0 <= values[name] <= 100, f"--{name} must be between 0 and 100, got {values[name]}")
+    require(
+        config.global_batch_size is None or config.global_batch_size % config.micro_batch_size == 0,
+        f"--global_batch_size {config.global_batch_size} is not a multiple of --micro_batch_size "
+        f"{config.micro_batch_size}: change one of them",
+    )
+    for group, source in (("model", config.model), ("data", config.data)):
+        require(
+            source.name is None or source.path is None,
+            f"--{group}.name and --{group}.path are both given: keep one",
+        )
+        require(
+            source.revision is None or source.name is not None,
+            f"--{group}.revision needs --{group}.name: a local path has no revision",
+        )
+        require(
+            source.name is None
+            or re.fullmatch(r"(?!.*\.\.)(\w[\w.-]*/)?\w[\w.-]*", source.name) is not None,
+            f"--{group}.name must be a hub name such as org/name, got {source.name!r}; "
+            f"for a local file or folder use --{group}.path",
+        )
+    named = config.model.name is not None or config.model.path is not None
+    require(
+        not (config.model.overrides and named and config.model.init == "pretrained"),
+        "--model.overrides changes the shape of the weights: add --model.init random",
+    )
+    require(
+        all(isinstance(key, str) for key in config.model.overrides),
+        "--model.overrides must have names from config.json as keys",
+    )
+    require(
+        config.parallel.wrap_policy in ("transformer", "size")
+        or re.fullmatch(r"callable:\w+(\.\w+)+", config.parallel.wrap_policy) is not None,
+        "--parallel.wrap_policy must be transformer, size or callable:package.function, "
+        f"got {config.parallel.wrap_policy!r}",
+    )
+
+
+def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str, str]]:
+    """(dotted name, type, default, help, help of its group) of each flag, top-level flags first."""
+    hints = get_type_hints(config_class)
+    documentation = parse_from_object(config_class)
+    helps = {parameter.arg_name: parameter.description or "" for parameter in documentation.params}
+    groups: list[Field[Any]] = []
+    for field in fields(config_class):
+        if is_dataclass(hints[field.name]):
+            groups.append(field)
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        doc = " ".join(helps[field.name].split())
+        group_doc = documentation.short_description or ""
+        yield prefix + field.name, hints[field.name], default, doc, group_doc
+    for field in groups:
+        yield from _leaves(hints[field.name], f"{prefix}{field.name}.")
+
+
+def _split_arguments(argv: list[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name without dashes, text of the value) of each flag in argv; the names are checked."""
+    known = {*names, "config"}
+    rest = iter(argv)
+    for argument in rest:
+        if not argument.startswith("-"):
+            raise CommandLineError(
+                f"unexpected argument {argument!r}: every value follows its flag (see --help)"
+            )
+        flag, equals, text = argument.partition("=")
+        name = flag.removeprefix("--")
+        if flag != f"--{name}" or name not in known:
+            raise CommandLineError(_explain_unknown(flag, known, "--"))
+        if not equals:
+            text = next(rest, "--")
+            if text.startswith("--"):
+                raise CommandLineError(f"--{name} needs a value (see --help)")
+        yield name, text
+
+
+def _walk(
+    node: yaml.MappingNode, prefix: str, known: Iterable[str], path: Path, seen: set[str]
+) -> Iterator[tuple[str, yaml.Node]]:
+    """(dotted name, node) of each leaf under a mapping; names are checked, none comes twice."""
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        place = f"{path}:{key.start_mark.line + 1}"
+        if name in seen:
+            raise CommandLineError(f"{place}: duplicate key {name}: keep one of them")
+        seen.add(name)
+        if name in known:
+            _refuse_duplicates(value, path)
+            yield name, value
+        elif not any(other.startswith(f"{name}.") for other in known):
+            raise CommandLineError(f"{place}: {_explain_unknown(name, known, '')}")
+        elif isinstance(value, yaml.MappingNode):
+            yield from _walk(value, f"{name}.", known, path, seen)
+        elif value.tag != "tag:yaml.org,2002:null":
+            raise CommandLineError(f"{place}: {name} is a group: indent its keys under it")
+
+
+def _refuse_duplicates(node: yaml.Node, path: Path) -> None:
+    """The same for mappings inside a value."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if str(key.value) in seen:
+                place = f"{path}:{key.start_mark.line + 1}"
+                raise CommandLineError(f"{place}: duplicate key {key.value}: keep one of them")
+            seen.add(str(key.value))
+            _refuse_duplicates(value, path)
+
+
+def _explain_unknown(given: str, known: Iterable[str], dashes: str) -> str:
+    """One line about a flag (dashes "--") or a YAML key (dashes "") that does not exist."""
+    name = given.lstrip("-").replace("-", "_").lower()
+    last = name.rpartition(".")[2]
+    foreign = FOREIGN_NAMES.get(last)
+    same_end = [other for other in known if other.rpartition(".")[2] == last]
+    if name in known:
+        meant = [name]
+    elif foreign is not None and "." not in name:
+        answer = f"is {foreign} here" if foreign.startswith("--") else foreign
+        return f"{given} {answer}".replace(" --", f" {dashes}")
+    elif any(other.startswith(f"{name}.") for other in known):
+        return f"{given} is a group: set {dashes}{name}.KEY for one of its keys (see --help)"
+    elif same_end:
+        meant = sorted(same_end)
+    else:
+        ends = {other.rpartition(".")[2]: other for other in known}
+        meant = difflib.get_close_matches(name, known, n=1)
+        meant = meant or [ends[end] for end in difflib.get_close_matches(last, ends, n=1)]
+    kind = "flag" if dashes else "key"
+    suggestion = " or ".join(f"{dashes}{other}" for other in meant)
+    return (
+        f"unknown {kind} {given}"
+        + (f"; did you mean {suggestion}?" if meant else "")
+        + " (see --help)"
+    )
+
+
+def _checked(
+    parser: ArgumentParser, name: str, hint: Any, value: Any, place: str, *, is_flag: bool = False
+) -> Any:
+    """The value of a YAML key, or the text of a flag, converted to its type by jsonargparse."""
+    members = [get_origin(member) or member for member in _alternatives(hint)]
+    shown = repr(value) if isinstance(value, str) else _shown(value)
+    wrong = CommandLineError(f"{place}: expected {_type_in_words(hint)}, got {shown}")
+    try:
+        if is_flag and dict in members:
+            value = yaml.load(value, Loader=_Loader)
+            is_flag = False
+        # A string or mapping of a file is final; jsonargparse would turn "3" inside it into 3.
+        if not is_flag and type(value) in (str, dict, type(None)) and type(value) in members:
+            return value
+        if value is None:
+            raise wrong
+        if is_flag:
+            return parser.parse_args([f"--{name}={value}"], defaults=False)[name]
+        return parser.parse_object({name: value}, defaults=False)[name]
+    except (argparse.ArgumentError, yaml.YAMLError):
+        raise wrong from None
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The members of a union; [hint] for any other type."""
+    return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+
+
+def _placeholder(hint: Any) -> str:
+    """What stands for the value in the help."""
+    hint = _alternatives(hint)[0]
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(get_args(hint)) + "}"
+    if get_origin(hint) is tuple:
+        return "[" + ",".join(_placeholder(item) for item in get_args(hint)) + "]"
+    return {bool: "{true,false}", int: "INTEGER", float: "NUMBER", str: "TEXT"}.get(
+        hint, "{KEY: VALUE}"
+    )
+
+
+def _type_in_words(hint: Any) -> str:
+    """What an error says was expected."""
+    if len(members := _alternatives(hint)) > 1:
+        return " or ".join(_type_in_words(member) for member in members)
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return "a list like " + _placeholder(hint)
+    words = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "text (quote it)",
+        type(None): "null",
+    }
+    return words.get(hint, "a mapping like {KEY: VALUE}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line and YAML spell it."""
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_shown(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def _value_at(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
