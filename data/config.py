@@ -16,6 +16,9 @@ class DataConfig:
     path: str | None = None
     """Local file (.jsonl, .json, .parquet) or a folder of them."""
 
+    subset: str | None = None
+    """Named configuration of the hub dataset, where it has several."""
+
     split: str = "train"
     """Split to train on."""
 

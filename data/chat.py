@@ -1,0 +1,401 @@
+"""Conversations to token ids, with the assistant's own tokens marked, for any chat template.
+
+Templates rarely say which part of their output the assistant wrote. Here it is derived and then
+proven, row by row:
+
+1. A probe conversation shows how the template opens an assistant turn (its header), what a prompt
+   for one ends with, and which control token ends it.
+2. A row is rendered once. Control tokens can only come from the template, because a row whose own
+   text spells one is excluded; so every header in the output opens an assistant turn, and the first
+   end token after it closes that turn. Templates whose header has no control token are matched by
+   rendering the conversation up to each turn instead.
+3. The turn must hold what the message says, no token may cross its borders, and the marked ids must
+   decode to exactly the text of the turn. A row that fails any of this is excluded with a reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from data.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+BATCH_ROWS = 256  # rows rendered while the ones before are tokenised
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation that can be trained on."""
+
+    row: int
+    """Index of its row in the source."""
+
+    input_ids: np.ndarray
+    """int32 [length]: what apply_chat_template gives for the whole conversation."""
+
+    supervised: np.ndarray
+    """bool [length]: the tokens of assistant turns, their end token included."""
+
+    stripped_reasoning_turns: int
+    """Assistant turns whose reasoning the template leaves out."""
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A row that cannot be used, and why."""
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Character span of one assistant turn in the rendered text."""
+
+    starts: tuple[int, ...]
+    """Where it may begin, the preferred place first; the first on a token border is taken."""
+
+    end: int
+    """Behind its end token."""
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    row: int
+    text: str
+    turns: tuple[_Turn, ...]
+    stripped_reasoning_turns: int
+
+
+class _Unusable(Exception):
+    """The reason a row is excluded."""
+
+
+def encode_conversations(
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Encoded | Excluded]:
+    """One result for every row, in order: its ids and marks, or the reason it has none.
+
+    A row is {"messages": [{"role", "content", ...}, ...]} and may have "tools". Raises DataError if
+    the tokenizer has no chat template, or one whose assistant turns cannot be told apart.
+    """
+    template = ChatTemplate(tokenizer)
+    # The tokenizer leaves the interpreter lock, so the next rows are rendered meanwhile.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = None
+        for first in range(0, len(rows), BATCH_ROWS):
+            rendered = template.render(_batch(rows, first), first)
+            encodings = pool.submit(template.tokenise, rendered)
+            if waiting is not None:
+                yield from template.mark(waiting[0], waiting[1].result())
+            waiting = rendered, encodings
+        if waiting is not None:
+            yield from template.mark(waiting[0], waiting[1].result())
+
+
+def _batch(rows: Sequence[dict[str, Any]], first: int) -> list[dict[str, Any]]:
+    batch: Any = rows[first : first + BATCH_ROWS]
+    if isinstance(batch, dict):  # a slice of a datasets.Dataset is a dict of columns
+        return [
+            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        ]
+    return batch
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, and what a probe of it has shown."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError("the tokenizer has no tokenizer.json; masks need its character offsets")
+        # An own copy, free of whatever padding or truncation a caller has switched on.
+        self._backend: Tokenizer = Tokenizer.from_str(backend.to_str())
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the tokenizer has no chat template; use the one of an instruct model, or put "
+                "chat_template.jinja beside it"
+            )
+        # Tags such as <think> are added tokens too, but ordinary words of the model: a message may
+        # hold them. <|...|> is structure even where a tokenizer does not call it special.
+        control = [
+            token.content
+            for token in self._backend.get_added_tokens_decoder().values()
+            if token.content and (token.special or token.content.startswith(("<|", "<\uff5c")))
+        ]
+        if not control:
+            raise DataError("the tokenizer has no control tokens; masks cannot be proven with it")
+        longest_first = sorted(control, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)))
+        self._probe()
+
+    def _probe(self) -> None:
+        """Find the prompt's ending, the header and the end token of an assistant turn."""
+        first, second, question = "Sentinel answer one", "Sentinel answer two", "Sentinel question"
+        messages = [
+            {"role": "user", "content": "Sentinel opening"},
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": second},
+        ]
+        text = self._apply(messages)
+        opening, prompt = self._apply(messages[:1]), self._apply(messages[:1], prompt=True)
+        places = [text.find(part) for part in (first, question, second)]
+        if -1 in places or places != sorted(places):
+            raise DataError("the chat template does not show every message of a conversation")
+        inner = self._control.search(text, places[0], places[1])
+        last = self._control.search(text, places[2])
+        if inner is None or last is None or inner.group() != last.group():
+            raise DataError("the chat template does not end every assistant turn with one token")
+        self.end_token: str = last.group()
+        self._prompt = prompt.removeprefix(opening) if prompt.startswith(opening) else ""
+        # A template may prompt with more (an opened <think>) than earlier turns show.
+        rest = text[len(opening) :] if text.startswith(opening) else ""
+        header = _common_start(self._prompt, rest)
+        self._header = header if self._control.search(header) else None
+
+        ids = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        if ids != self._backend.encode(text, add_special_tokens=False).ids:
+            raise DataError("tokenizer.json and apply_chat_template disagree about a conversation")
+
+    @cached_property
+    def _normalise(self):
+        normalizer = self._backend.normalizer
+        return normalizer.normalize_str if normalizer is not None else str
+
+    def _apply(self, messages: list[dict], tools: Any = None, *, prompt: bool = False) -> str:
+        text = self._tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=prompt, tokenize=False
+        )
+        return cast(str, text)
+
+    # ------------------------------------------------------------------------------------- render
+
+    def render(self, rows: list[dict[str, Any]], first: int) -> list[_Rendered | Excluded]:
+        """The text and assistant turns of each row; `first` is the index of the first."""
+        results: list[_Rendered | Excluded] = []
+        for index, row in enumerate(rows, first):
+            try:
+                results.append(self._render(index, row))
+            except _Unusable as reason:
+                results.append(Excluded(index, str(reason)))
+        return results
+
+    def _render(self, index: int, row: dict[str, Any]) -> _Rendered:
+        messages, tools = _clean_messages(row.get("messages")), _clean_tools(row.get("tools"))
+        if any(self._control.search(text) for text in _strings([messages, tools])):
+            raise _Unusable("control token in text")
+        try:
+            text = self._apply(messages, tools)
+            spans = self._find_turns(messages, tools, text)
+        except _Unusable:
+            raise
+        except Exception as error:  # a template is a program: it raises whatever it likes
+            first_line = (str(error) or type(error).__name__).splitlines()[0][:80]
+            raise _Unusable(f"the chat template refuses it: {first_line}") from error
+        answers = [message for message in messages if message["role"] == "assistant"]
+        stripped = 0
+        for message, turn in zip(answers, spans, strict=True):
+            said = text[turn.starts[-1] : turn.end]
+            reasoning, answer = _split_reasoning(message)
+            names = [_tool_name(call) for call in message.get("tool_calls") or ()]
+            if answer not in said or not all(name in said for name in names):
+                raise _Unusable("the chat template changes the text of an assistant turn")
+            stripped += reasoning not in said
+        if not all(
+            message["content"].strip() in text
+            for message in messages
+            if message["role"] in ("system", "user")
+        ):
+            raise _Unusable("the chat template changes the text of a message")
+        return _Rendered(index, text, spans, stripped)
+
+    def _find_turns(self, messages: list[dict], tools: Any, text: str) -> tuple[_Turn, ...]:
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        headers: list[int] = []
+        if self._header is not None:
+            headers = [match.start() for match in re.finditer(re.escape(self._header), text)]
+        if len(headers) == len(answers) and self._header is not None:
+            starts = [
+                (place + len(self._prompt), place + len(self._header))
+                if text.startswith(self._prompt, place)
+                else (place + len(self._header),)
+                for place in headers
+            ]
+        else:
+            prompts = [self._apply(messages[:i], tools, prompt=True) for i in answers]
+            if not all(text.startswith(prompt) for prompt in prompts):
+                raise _Unusable("the conversation does not begin with its own prompt")
+            starts = [(len(prompt),) for prompt in prompts]
+        turns = []
+        for number, places in enumerate(starts):
+            end = text.find(self.end_token, places[0])
+            limit = starts[number + 1][-1] if number + 1 < len(starts) else len(text)
+            if end < 0 or end >= limit:
+                raise _Unusable("an assistant turn has no end token")
+            turns.append(_Turn(tuple(dict.fromkeys(places)), end + len(self.end_token)))
+        return tuple(turns)
+
+    # ---------------------------------------------------------------------------- tokenise and mark
+
+    def tokenise(self, rendered: list[_Rendered | Excluded]) -> list[Encoding]:
+        """Encodings of the rows that have a text, on all cores."""
+        texts = [item.text for item in rendered if isinstance(item, _Rendered)]
+        return self._backend.encode_batch(texts, add_special_tokens=False)
+
+    def mark(
+        self, rendered: list[_Rendered | Excluded], encodings: list[Encoding]
+    ) -> list[Encoded | Excluded]:
+        """Mark the tokens of the assistant turns and prove that they are those and no others."""
+        results: list[Encoded | Excluded] = []
+        to_decode: list[list[int]] = []
+        expected: list[tuple[int, str]] = []  # place in results, text of a turn
+        remaining = iter(encodings)
+        for item in rendered:
+            if isinstance(item, Excluded):
+                results.append(item)
+                continue
+            encoding = next(remaining)
+            ids = encoding.ids
+            supervised = np.zeros(len(ids), dtype=bool)
+            for turn in item.turns:
+                borders = [_token_at_border(encoding, start) for start in turn.starts]
+                place = next((i for i, token in enumerate(borders) if token is not None), None)
+                last = encoding.char_to_token(turn.end - 1)
+                if place is None or last is None:
+                    results.append(Excluded(item.row, "a token crosses the border of a turn"))
+                    break
+                begin = borders[place]
+                supervised[begin : last + 1] = True
+                to_decode.append(ids[begin : last + 1])
+                expected.append((len(results), item.text[turn.starts[place] : turn.end]))
+            else:
+                results.append(
+                    Encoded(
+                        item.row,
+                        np.array(ids, dtype=np.int32),
+                        supervised,
+                        item.stripped_reasoning_turns,
+                    )
+                )
+        decoded = self._backend.decode_batch(to_decode, skip_special_tokens=False)
+        for (place, text), back in zip(expected, decoded, strict=True):
+            if back != text and not self._same(back, text):
+                results[place] = Excluded(
+                    results[place].row, "the marked tokens do not decode to the turn"
+                )
+        return results
+
+    def _same(self, decoded: str, text: str) -> bool:
+        """Equal but for what this tokenizer's normaliser and decoder do to any text."""
+        return "".join(decoded.split()) == "".join(self._normalise(text).split())
+
+
+def _token_at_border(encoding: Encoding, start: int) -> int | None:
+    """The token that begins at character `start`; None where one crosses it."""
+    token = encoding.char_to_token(start)
+    span = None if token is None else encoding.token_to_chars(token)
+    return token if span is not None and span[0] == start else None
+
+
+def _common_start(one: str, other: str) -> str:
+    length = next(
+        (i for i, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), None
+    )
+    return one[: min(len(one), len(other)) if length is None else length]
+
+
+# ------------------------------------------------------------------------------------------- clean
+
+
+def _clean_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages without null fields; raises _Unusable for anything that is not a conversation."""
+    if isinstance(messages, dict):  # how datasets gives a column of type Sequence of dict
+        keys = list(messages)
+        messages = [
+            dict(zip(keys, values, strict=True)) for values in zip(*messages.values(), strict=True)
+        ]
+    if not isinstance(messages, list):
+        raise _Unusable("messages is not a list")
+    if not messages:
+        raise _Unusable("no messages")
+    cleaned = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise _Unusable("a message is not an object")
+        # Arrow gives every message the fields of all others, as null: they were never there.
+        message = _without_nulls(message)
+        if message.get("role") not in ROLES:
+            raise _Unusable("unknown role")
+        role, calls = message["role"], message.get("tool_calls")
+        content = message.setdefault("content", "" if calls else None)
+        if not isinstance(content, str):
+            raise _Unusable("content is missing" if content is None else "content is not a string")
+        if not content.strip() and role != "tool" and not calls:
+            raise _Unusable("content is empty")
+        cleaned.append(message)
+    if not any(message["role"] == "assistant" for message in cleaned):
+        raise _Unusable("no assistant turn")
+    return cleaned
+
+
+def _clean_tools(tools: Any) -> list[dict[str, Any]] | None:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise _Unusable("tools is not JSON") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise _Unusable("tools is not a list of objects")
+    return [_without_nulls(tool) for tool in tools]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _split_reasoning(message: dict[str, Any]) -> tuple[str, str]:
+    """(reasoning, answer) of an assistant message, without white space at the ends."""
+    content, reasoning = message["content"], message.get("reasoning_content", "")
+    if not reasoning and "</think>" in content:
+        before, _, content = content.rpartition("</think>")
+        reasoning = before.rpartition("<think>")[2]
+    return str(reasoning).strip(), content.strip()
+
+
+def _tool_name(call: Any) -> str:
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    return str(function.get("name", "")) if isinstance(function, dict) else ""

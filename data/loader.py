@@ -1,0 +1,180 @@
+"""Micro-batches of packed rows, in an order that no number of ranks can change.
+
+Shapes: B micro_batch_size, S seq_len, M the most documents a micro-batch can hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.errors import DataError
+from data.packing import Packs, sample_to_pack
+from data.store import TokenStore
+
+IGNORE_INDEX = -100
+
+Batch = dict[str, torch.Tensor]
+
+
+class PackedBatches:
+    """The micro-batches of one rank; iterate to get them from `start_sample` on.
+
+    Each is a dict of CPU tensors of fixed shapes:
+        input_ids         int64 [B, S]
+        labels            int64 [B, S]  at t the token at t + 1 of the same document, if the
+                                        assistant wrote it; else IGNORE_INDEX
+        position_ids      int64 [B, S]  restart with every document; padding counts as one
+        document_offsets  int32 [M + 1] borders of the documents in the B * S flattened tokens,
+                                        from 0; behind the last one B * S repeats
+        counts            int64 [3]     real tokens, padding tokens, labels
+        sample_index      int64 [B]     global sample of each row; -1 for a row of padding
+
+    A global batch that starts at sample g gives row j of micro-batch m on rank r the sample
+    g + (m * world_size + r) * micro_batch_size + j. Samples from `end_sample` on are rows of
+    padding, so that all ranks take the same number of steps; without `end_sample` it never ends.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        packs: Packs,
+        *,
+        seq_len: int,
+        micro_batch_size: int,
+        pad_token_id: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        global_batch_size: int | None = None,
+        start_sample: int = 0,
+        end_sample: int | None = None,
+        workers: int = 0,
+    ) -> None:
+        """Raises DataError if the batch sizes do not divide, or a global batch would repeat rows."""
+        per_micro_step = micro_batch_size * world_size
+        global_batch_size = global_batch_size or per_micro_step
+        if global_batch_size % per_micro_step:
+            below = global_batch_size // per_micro_step * per_micro_step
+            nearest = " or ".join(str(n) for n in (below, below + per_micro_step) if n)
+            raise DataError(
+                f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size="
+                f"{micro_batch_size} times {world_size} data-parallel ranks; the nearest are {nearest}"
+            )
+        repeats = end_sample is None or end_sample > len(packs)
+        if repeats and len(packs) < global_batch_size:
+            raise DataError(
+                f"{len(packs)} packed rows are fewer than global_batch_size={global_batch_size}, so "
+                "a step would see some twice; lower it or data.seq_len, or give more data"
+            )
+        self.grad_accum_steps = global_batch_size // per_micro_step
+        self.global_batch_size = global_batch_size
+        self._steps = (
+            None if end_sample is None else -(-(end_sample - start_sample) // global_batch_size)
+        )
+        self._workers = workers
+        self._dataset = _MicroBatches(
+            store,
+            packs,
+            seq_len=seq_len,
+            micro_batch_size=micro_batch_size,
+            pad_token_id=pad_token_id,
+            seed=seed,
+            shuffle=shuffle,
+            rank=rank,
+            world_size=world_size,
+            start_sample=start_sample,
+            end_sample=end_sample,
+        )
+
+    def __len__(self) -> int:
+        """Micro-batches in all; TypeError without an end_sample."""
+        if self._steps is None:
+            raise TypeError("without end_sample there is no end")
+        return self._steps * self.grad_accum_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        numbers = itertools.count() if self._steps is None else range(len(self))
+        return iter(
+            DataLoader(
+                self._dataset,
+                batch_size=None,  # each item is a micro-batch already
+                sampler=numbers,
+                num_workers=self._workers,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # its draw must not move the global random state
+            )
+        )
+
+
+class _MicroBatches(Dataset[Batch]):
+    """Micro-batch n of one rank, as a function of n."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        packs: Packs,
+        *,
+        seq_len: int,
+        micro_batch_size: int,
+        pad_token_id: int,
+        seed: int,
+        shuffle: bool,
+        rank: int,
+        world_size: int,
+        start_sample: int,
+        end_sample: int | None,
+    ) -> None:
+        self._store, self._packs = store, packs
+        self._shape = micro_batch_size, seq_len
+        self._pad_token_id = pad_token_id
+        self._seed, self._shuffle = seed, shuffle
+        self._first = start_sample + rank * micro_batch_size
+        self._stride = micro_batch_size * world_size
+        self._end = end_sample
+        # One more per row than its documents: the padding behind them.
+        self._max_documents = micro_batch_size * (packs.max_documents + 1)
+
+    def __getitem__(self, number: int) -> Batch:
+        rows, seq_len = self._shape
+        # Consecutive micro-batches of all ranks are consecutive samples, across steps as well.
+        samples = self._first + number * self._stride + np.arange(rows)
+        used = np.ones(rows, dtype=bool) if self._end is None else samples < self._end
+        _, packs = sample_to_pack(self._seed, samples, len(self._packs), shuffle=self._shuffle)
+
+        input_ids = np.full((rows, seq_len), self._pad_token_id, dtype=np.int64)
+        labels = np.full((rows, seq_len), IGNORE_INDEX, dtype=np.int64)
+        position_ids = np.zeros((rows, seq_len), dtype=np.int64)
+        borders = [0]
+        real_tokens = 0
+        for row in range(rows):
+            begin = 0
+            for document in self._packs.documents(packs[row]) if used[row] else ():
+                ids, supervised = self._store.example(document)
+                end = begin + len(ids)
+                input_ids[row, begin:end] = ids
+                labels[row, begin : end - 1] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
+                position_ids[row, begin:end] = np.arange(len(ids))
+                borders.append(row * seq_len + end)
+                begin = end
+            real_tokens += begin
+            if begin < seq_len:
+                position_ids[row, begin:] = np.arange(seq_len - begin)
+                borders.append((row + 1) * seq_len)
+        offsets = np.full(self._max_documents + 1, rows * seq_len, dtype=np.int32)
+        offsets[: len(borders)] = borders
+        valid_labels = int(np.count_nonzero(labels != IGNORE_INDEX))
+        counts = [real_tokens, rows * seq_len - real_tokens, valid_labels]
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(position_ids),
+            "document_offsets": torch.from_numpy(offsets),
+            "counts": torch.tensor(counts),
+            "sample_index": torch.from_numpy(np.where(used, samples, -1)),
+        }
