@@ -17,9 +17,21 @@ import shutil
 import sys
 import types
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 from docstring_parser import parse_from_object
@@ -150,6 +162,16 @@ class CommandLineError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
+class _Leaf(NamedTuple):
+    """One flag: its dotted name, type, default and help, and the help of its group."""
+
+    name: str
+    hint: Any
+    default: Any
+    doc: str
+    group_doc: str
+
+
 class _Help(argparse.HelpFormatter):
     """Two columns, never wider than 100 characters."""
 
@@ -172,6 +194,15 @@ for _yaml_class in (_Loader, _Dumper):
         re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
         list("-+.0123456789"),
     )
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # Unquoted, some line separators would be read back as spaces.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
@@ -224,16 +255,16 @@ def build_parser(config_class: type, prog: str) -> ArgumentParser:
         help="Print the resolved configuration as YAML for --config, and exit.",
     )
     title = ""
-    for name, hint, default, doc, group_doc in _leaves(config_class):
-        if name.rpartition(".")[0] != title:
-            title = name.rpartition(".")[0]
-            group = parser.add_argument_group(title, group_doc)
+    for leaf in _leaves(config_class):
+        if leaf.name.rpartition(".")[0] != title:
+            title = leaf.name.rpartition(".")[0]
+            group = parser.add_argument_group(title, leaf.group_doc)
         group.add_argument(
-            f"--{name}",
-            type=hint,
-            default=default,
-            metavar=_placeholder(hint),
-            help=f"{doc} (default: {_shown(default)})".replace("%", "%%"),
+            f"--{leaf.name}",
+            type=leaf.hint,
+            default=leaf.default,
+            metavar=_placeholder(leaf.hint),
+            help=f"{leaf.doc} (default: {_shown(leaf.default)})".replace("%", "%%"),
         )
     return parser
 
@@ -244,7 +275,7 @@ def read_values(parser: ArgumentParser, config_class: type, argv: list[str]) -> 
     Raises:
         CommandLineError: unknown or misspelt name, missing or wrong value, unreadable file.
     """
-    hints = {name: hint for name, hint, *_ in _leaves(config_class)}
+    hints = {leaf.name: leaf.hint for leaf in _leaves(config_class)}
     files: list[str] = []
     flags: dict[str, Any] = {}
     for name, text in _split_arguments(argv, hints):
@@ -265,7 +296,7 @@ def read_yaml(parser: ArgumentParser, config_class: type, path: Path) -> dict[st
         CommandLineError: unreadable, not safe YAML, not a mapping, duplicate or unknown key, or
             wrong type; with the line.
     """
-    hints = {name: hint for name, hint, *_ in _leaves(config_class)}
+    hints = {leaf.name: leaf.hint for leaf in _leaves(config_class)}
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
@@ -275,8 +306,11 @@ def read_yaml(parser: ArgumentParser, config_class: type, path: Path) -> dict[st
             raise CommandLineError(f"{path}: expected a mapping of flag names to values")
         values: dict[str, Any] = {}
         for name, node in _walk(root, "", hints, path, set()):
-            value = loader.construct_object(node, deep=True)
             place = f"{path}:{node.start_mark.line + 1}: {name}"
+            try:
+                value = loader.construct_object(node, deep=True)
+            except ValueError as error:  # a date with month 13, an integer of 5,000 digits
+                raise CommandLineError(f"{place}: {error}") from error
             values[name] = _checked(parser, name, hints[name], value, place)
     except OSError as error:
         raise CommandLineError(f"--config {path}: {error.strerror}") from error
@@ -284,7 +318,8 @@ def read_yaml(parser: ArgumentParser, config_class: type, path: Path) -> dict[st
         raise CommandLineError(f"--config {path}: not UTF-8 text") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise CommandLineError(f"{path}{line}: {error.problem}; only plain YAML is read") from error
+        problem = " ".join(filter(None, (error.context, error.problem)))
+        raise CommandLineError(f"{path}{line}: {problem}; only plain YAML is read") from error
     except yaml.YAMLError as error:
         raise CommandLineError(f"{path}: {' '.join(str(error).split())}") from error
     except RecursionError as error:
@@ -324,7 +359,7 @@ def validate(config: TrainConfig) -> None:
     Raises:
         CommandLineError: a value out of range, or two values that contradict each other.
     """
-    values = {name: _value_at(config, name) for name, *_ in _leaves(type(config))}
+    values = {leaf.name: attrgetter(leaf.name)(config) for leaf in _leaves(type(config))}
     for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
@@ -339,6 +374,7 @@ def validate(config: TrainConfig) -> None:
         if not condition:
             raise CommandLineError(message)
 
+    require(config.seed < 2**63, f"--seed must be below 2**63, got {config.seed}")
     shards = config.parallel.dp_shard
     require(
         shards == -1 or shards >= 1, f"--parallel.dp_shard must be -1 or at least 1, got {shards}"
@@ -394,22 +430,24 @@ def validate(config: TrainConfig) -> None:
     )
 
 
-def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, Any, str, str]]:
-    """(dotted name, type, default, help, help of its group) of each flag, top-level flags first."""
+@cache
+def _leaves(config_class: type, prefix: str = "") -> tuple[_Leaf, ...]:
+    """Every flag of the config dataclass, top-level flags first."""
     hints = get_type_hints(config_class)
     documentation = parse_from_object(config_class)
     helps = {parameter.arg_name: parameter.description or "" for parameter in documentation.params}
-    groups: list[Field[Any]] = []
+    group_doc = documentation.short_description or ""
+    leaves: list[_Leaf] = []
+    nested: list[_Leaf] = []
     for field in fields(config_class):
-        if is_dataclass(hints[field.name]):
-            groups.append(field)
-            continue
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        doc = " ".join(helps[field.name].split())
-        group_doc = documentation.short_description or ""
-        yield prefix + field.name, hints[field.name], default, doc, group_doc
-    for field in groups:
-        yield from _leaves(hints[field.name], f"{prefix}{field.name}.")
+        name, hint = prefix + field.name, hints[field.name]
+        if is_dataclass(hint):
+            nested += _leaves(hint, f"{name}.")
+        else:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            doc = " ".join(helps[field.name].split())
+            leaves.append(_Leaf(name, hint, default, doc, group_doc))
+    return (*leaves, *nested)
 
 
 def _split_arguments(argv: list[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -512,7 +550,7 @@ def _checked(
         if is_flag:
             return parser.parse_args([f"--{name}={value}"], defaults=False)[name]
         return parser.parse_object({name: value}, defaults=False)[name]
-    except (argparse.ArgumentError, yaml.YAMLError):
+    except (argparse.ArgumentError, yaml.YAMLError, ValueError):
         raise wrong from None
 
 
@@ -562,9 +600,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)
-
-
-def _value_at(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
