@@ -22,6 +22,9 @@ class ModelConfig:
     tokenizer: str | None = None
     """Local folder or hub model to take the tokenizer from; default: the model's own."""
 
+    add_special_tokens: tuple[str, ...] = ()
+    """Special tokens the tokenizer is given where it lacks them, as a list; they get trained embedding rows."""
+
     init: Literal["pretrained", "random"] = "pretrained"
     """pretrained loads the safetensors; random initialises the weights from the configuration and the seed."""
 

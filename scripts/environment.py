@@ -87,7 +87,7 @@ def _require_writable(root: Path) -> None:
             probe.write(b"0")
             probe.flush()
     except (OSError, ValueError) as error:
-        if root.is_dir() and os.environ.get("HF_HUB_OFFLINE", "").upper() in {
+        if os.path.isdir(root) and os.environ.get("HF_HUB_OFFLINE", "").upper() in {
             "1",
             "ON",
             "YES",

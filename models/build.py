@@ -1,0 +1,174 @@
+"""From what the user said to a Qwen module: configuration, checks, empty or initialised weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
+
+from models.attention import PACKED_ATTENTION
+from models.causal_lm import PackedCausalLM
+from models.config import ModelConfig
+from models.errors import ModelError
+
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
+
+# The built-in model: small enough to learn the embedded chat data on two CPU cores in under two minutes.
+EMBEDDED_QWEN3: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def read_model_config(
+    config: ModelConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
+    """transformers' configuration of the model that will be trained.
+
+    Args:
+        config: the user's choices.
+        folder: where the model's files are; None for the built-in Qwen3, whose vocabulary is the tokenizer's.
+        tokenizer: gives the number of embedding rows that are needed.
+
+    Raises:
+        ModelError: the files or the overrides do not describe a Qwen model this trainer knows.
+    """
+    if folder is None:
+        values = EMBEDDED_QWEN3 | {"vocab_size": _padded(len(tokenizer))} | dict(config.overrides)
+        return _checked(Qwen3Config.from_dict(values), config, "the built-in model")
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        model_type = values["model_type"]
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder} has no config.json; --model.path takes a folder with a Hugging Face model"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{file} is not a model configuration ({error}); download it again"
+        ) from None
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ModelError(
+            f"{file} says model_type {model_type!r}; this trainer knows {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if config.overrides and config.init != "random":
+        raise ModelError(
+            "model.overrides changes the architecture, so it needs --model.init random"
+        )
+    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    known = set(hf_config.to_dict())
+    for key, value in config.overrides.items():
+        if key not in known:
+            raise ModelError(f"model.overrides: {file} has no key {key!r}")
+        setattr(hf_config, key, value)
+    layer_types = getattr(hf_config, "layer_types", None)
+    if "num_hidden_layers" in config.overrides and layer_types:
+        hf_config.layer_types = layer_types[: hf_config.num_hidden_layers]
+    return _checked(hf_config, config, str(file))
+
+
+def _checked(hf_config: PreTrainedConfig, config: ModelConfig, where: str) -> PreTrainedConfig:
+    if (
+        "sliding_attention" in (getattr(hf_config, "layer_types", None) or ())
+        and config.attention == "packed"
+    ):
+        raise ModelError(
+            f"{where} uses sliding-window attention, which needs --model.attention sdpa"
+        )
+    return hf_config
+
+
+def check_fits(
+    hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, *, seq_len: int
+) -> None:
+    """Refuse what would only fail, or silently train garbage, later.
+
+    Raises:
+        ModelError: `seq_len` is beyond the model's positions, or a token id has no embedding row.
+    """
+    if seq_len > hf_config.max_position_embeddings:
+        raise ModelError(
+            f"data.seq_len {seq_len} is over the model's limit of {hf_config.max_position_embeddings} positions; "
+            f"use --data.seq_len {hf_config.max_position_embeddings} or less"
+        )
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= hf_config.vocab_size:
+        raise ModelError(
+            f"the tokenizer's highest id is {highest}, but the model has {hf_config.vocab_size} embedding rows; "
+            "they do not belong together (check --model.tokenizer)"
+        )
+
+
+def grow_vocabulary(hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give added tokens a row where the vocabulary truly lacks it; Qwen's padded rows are used first."""
+    if len(tokenizer) > hf_config.vocab_size:
+        hf_config.vocab_size = _padded(len(tokenizer))
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // 64) * 64  # tensor cores like multiples of 64
+
+
+def build_model(hf_config: PreTrainedConfig, *, attention: str, seed: int | None) -> PackedCausalLM:
+    """The model in fp32, not yet sharded.
+
+    Args:
+        hf_config: transformers' configuration.
+        attention: `packed` or `sdpa`.
+        seed: initialise the weights with transformers' own rule, the same on every rank. None leaves them on the
+            meta device, to be filled by `models.weights.load_weights` after sharding.
+    """
+    implementation = PACKED_ATTENTION if attention == "packed" else "sdpa"
+    if seed is not None:
+        torch.manual_seed(seed)
+    with torch.device("cpu" if seed is not None else "meta"):
+        hf = AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.float32, attn_implementation=implementation
+        )
+    hf.config.use_cache = True  # for generation; training never asks for a cache
+    hf.train()
+    return PackedCausalLM(hf)
+
+
+def materialise(model: PackedCausalLM, device: torch.device) -> None:
+    """Allocate a model that was built on the meta device, and rebuild what is not in a checkpoint.
+
+    Parameters are left uninitialised for `load_weights`; rotary buffers are computed anew; the tie is renewed,
+    since every parameter was replaced.
+    """
+    model.to_empty(device=device)
+    for module in model.modules():
+        if "inv_freq" in module._buffers:
+            fresh = type(module)(module.config).to(device)  # type: ignore[call-arg]
+            module._buffers.update(fresh._buffers)
+    tie_head(model)
+
+
+def decoder_layer_classes(model: PackedCausalLM) -> tuple[type[nn.Module], ...]:
+    """The classes transformers names as the units of its layers, for wrap policies."""
+    names = set(model.hf._no_split_modules or ())
+    return tuple({type(m): None for m in model.modules() if type(m).__name__ in names})
+
+
+def tie_head(model: PackedCausalLM) -> None:
+    """Make the head's weight the embedding's parameter again where the configuration ties them."""
+    if model.hf.config.tie_word_embeddings:
+        model.head.weight = cast(nn.Parameter, model.hf.get_input_embeddings().weight)

@@ -1,0 +1,76 @@
+"""Greedy answers from a live, sharded model or from a loaded one: the same text for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from models.causal_lm import PackedCausalLM
+from models.tokenizer import stop_token_ids
+
+Messages = list[dict[str, Any]]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PackedCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    *,
+    max_new_tokens: int,
+    device: torch.device,
+    batch_size: int = 64,
+) -> list[str]:
+    """Answer every conversation by greedy decoding; each rank takes its share and all return all answers.
+
+    Args:
+        model: every rank of the default process group calls this with the same prompts.
+        tokenizer: with a chat template.
+        prompts: conversations that end with a user turn.
+        max_new_tokens: tokens per answer.
+        device: where the model lives.
+        batch_size: prompts decoded together on one rank.
+    """
+    grouped = dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    per_rank = -(-len(prompts) // world_size)
+    answers: list[str] = []
+    was_training = model.training
+    model.eval()
+    for start in range(0, per_rank, batch_size):
+        # Every rank runs the same number of batches, else the gathers of FSDP would not meet: short of a prompt,
+        # it repeats its last one and drops the answer.
+        wanted = [rank + world_size * i for i in range(start, min(start + batch_size, per_rank))]
+        texts = [
+            str(
+                tokenizer.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=True
+                )
+            )
+            for conversation in (prompts[min(i, len(prompts) - 1)] for i in wanted)
+        ]
+        inputs = tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        ).to(device)
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stop_token_ids(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=world_size > 1,
+        )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers += [text for i, text in zip(wanted, decoded, strict=True) if i < len(prompts)]
+    model.train(was_training)
+    if world_size == 1:
+        return answers
+    gathered: list[list[str]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(gathered, answers)
+    return [gathered[i % world_size][i // world_size] for i in range(len(prompts))]

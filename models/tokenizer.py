@@ -1,0 +1,53 @@
+"""The tokenizer on both paths: as shipped, and with added special tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from models.errors import ModelError
+
+
+def load_tokenizer(
+    folder: Path, *, cache_dir: Path, add_special_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerBase:
+    """Read a tokenizer from a local folder (a hub model's snapshot, or the user's own).
+
+    Args:
+        folder: holds tokenizer.json or what `AutoTokenizer` needs.
+        cache_dir: where transformers may keep anything it derives.
+        add_special_tokens: tokens the vocabulary is given if it lacks them.
+
+    Raises:
+        ModelError: there is no usable tokenizer with a chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, cache_dir=cache_dir / "hub", trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{folder} holds no tokenizer that transformers can read ({reason}); "
+            "name another with --model.tokenizer"
+        ) from None
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{folder} has only a slow tokenizer; masks need character offsets (tokenizer.json)"
+        )
+    if add_special_tokens:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(add_special_tokens)})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids at which generation ends: the end of a turn first, then the end of text."""
+    ids = []
+    for token in ("<|im_end|>", tokenizer.eos_token, "<|endoftext|>"):
+        if token is not None and token in tokenizer.get_vocab():
+            ids.append(tokenizer.convert_tokens_to_ids(token))
+    return list(dict.fromkeys(ids))

@@ -1,0 +1,403 @@
+"""From a `TrainConfig` to a finished run: data, model and loop are put together here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from data.embedded import build_tokenizer, check_answer, questions
+from data.loader import PackedBatches
+from data.packing import Packs, pack
+from data.sources import load_rows
+from data.store import TokenStore, open_tokens, prepare_tokens
+from models.build import (
+    build_model,
+    check_fits,
+    decoder_layer_classes,
+    materialise,
+    read_model_config,
+)
+from models.causal_lm import PackedCausalLM
+from models.export import export_model
+from models.flops import training_flops
+from models.generation import generate_answers
+from models.hub import fetch_model
+from models.tokenizer import load_tokenizer
+from models.weights import LoadReport, load_weights
+from scripts import reporting
+from scripts.config import TrainConfig
+from trainer.checkpoint import Checkpointer
+from trainer.config import ParallelConfig
+from trainer.distributed import Ranks, max_over_ranks, once_per_node, raise_together, start
+from trainer.errors import TrainError
+from trainer.hardware import choose_device, configure, peak_flops
+from trainer.loop import Progress, Speedometer, StopRequest, evaluate_loss, train
+from trainer.loss import causal_lm_loss
+from trainer.metrics import MetricsWriter
+from trainer.optimizer import build_optimizer, learning_rate_at
+from trainer.parallel import DTYPES, build_mesh, parallelise
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the pieces of one run share."""
+
+    config: TrainConfig
+    cache_dir: Path
+    output_dir: Path
+    ranks: Ranks
+    device: torch.device
+    global_batch_size: int
+    grad_accum_steps: int
+    prepared: dict[str, Any]
+    """What `prepare` returned on this node."""
+
+
+def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
+    """One training job, from nothing to the export; every rank calls this.
+
+    Returns:
+        0 when the last step was reached, 128 + n when signal n stopped the run after saving.
+
+    Raises:
+        DataError, ModelError, TrainError: what the user can mend.
+    """
+    device_type = choose_device(config.device, local_world_size=ranks.local_world_size)
+    configure(device_type, local_world_size=ranks.local_world_size)
+    global_batch_size, grad_accum_steps = batch_sizes(config, ranks.world_size)
+    # One rank of a node downloads and tokenises. The process group, whose collectives time out, comes after.
+    prepared = once_per_node(ranks, "prepare", partial(prepare, config, cache_dir))
+    device = start(ranks, device_type)
+    job = Job(
+        config=config,
+        cache_dir=cache_dir,
+        output_dir=Path(config.output_dir or f"outputs/{reporting.run_name(config)}"),
+        ranks=ranks,
+        device=device,
+        global_batch_size=global_batch_size,
+        grad_accum_steps=grad_accum_steps,
+        prepared=prepared,
+    )
+    try:
+        return _run(job)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(job: Job) -> int:
+    config, ranks, device = job.config, job.ranks, job.device
+    tokenizer = read_tokenizer(config, job.cache_dir, job.prepared["tokenizer"])
+    tokens = open_tokens(job.prepared["train_tokens"])
+    packs = pack(tokens.lengths, seq_len=config.data.seq_len, method=config.data.packing)
+    steps = config.steps or math.ceil(len(packs) * config.epochs / job.global_batch_size)
+
+    mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=device.type)
+    model, weights = build_sharded_model(job, tokenizer, mesh)
+    optimizer = build_optimizer(model, config.optimizer)
+    checkpointer = Checkpointer(job.output_dir / "checkpoints", model, optimizer, config.checkpoint)
+    # A cursor means the same samples only while these are the same.
+    order = {
+        "data": tokens.meta["key"],
+        "packing": config.data.packing,
+        "seq_len": config.data.seq_len,
+        "global_batch_size": job.global_batch_size,
+        "seed": config.seed,
+    }
+    progress = resume(job, checkpointer, order)
+    say = print if ranks.is_first else (lambda *_: None)
+    say(reporting.header(job, model, weights, tokens, packs, steps, progress), flush=True)
+    if progress.step >= steps:
+        say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
+    raise_together(reporting.write_run_files(job, mesh, tokens, packs) if ranks.is_first else None)
+
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
+    peak, peak_origin = peak_flops(device, DTYPES[config.parallel.param_dtype])
+    with (
+        MetricsWriter(
+            job.output_dir, config.log, is_first=ranks.is_first, steps=steps, step=progress.step
+        ) as writer,
+        StopRequest().listening() as stop,
+    ):
+
+        def evaluate(step: int) -> dict[str, float]:
+            values = evaluate_model(job, model, tokenizer)
+            if values:
+                writer.write({"step": step, **values})
+            return values
+
+        if progress.step == 0:
+            before = evaluate(0)
+        finished = train(
+            model,
+            optimizer,
+            open_batches(job, tokens, packs, tokenizer, start_sample=progress.samples),
+            loss_fn=causal_lm_loss,
+            learning_rate=partial(
+                learning_rate_at,
+                steps=steps,
+                peak=config.optimizer.learning_rate,
+                schedule=config.schedule,
+            ),
+            optimizer_config=config.optimizer,
+            progress=progress,
+            steps=steps,
+            global_batch_size=job.global_batch_size,
+            grad_accum_steps=job.grad_accum_steps,
+            samples_per_epoch=len(packs),
+            device=device,
+            evaluate=lambda step: after.update(evaluate(step)),
+            evaluate_every=config.evaluation.every,
+            save=lambda now: checkpointer.save(now.step, {"samples": now.samples, "order": order}),
+            save_every=config.checkpoint.every,
+            log=writer.write,
+            log_every=config.log.every,
+            advance=writer.advance,
+            stop=stop,
+            speedometer=Speedometer(
+                flops=partial(training_flops, model.hf.config),
+                peak_flops=None if peak is None else peak * ranks.world_size,
+            ),
+        )
+        checkpointer.wait()
+    if not finished:
+        (number,) = max_over_ranks([int(stop.signal or 0)])
+        say(reporting.stopped(job, int(number), progress.step), flush=True)
+        return 128 + int(number)
+    if config.checkpoint.export:
+        export(job, model, tokenizer)
+    say(reporting.footer(job, before, after, mfu_peak=peak_origin), flush=True)
+    return 0
+
+
+def batch_sizes(config: TrainConfig, world_size: int) -> tuple[int, int]:
+    """`global_batch_size` and `grad_accum_steps`.
+
+    Raises:
+        TrainError: the global batch is no whole number of micro-batches on every rank.
+    """
+    together = config.micro_batch_size * world_size
+    size = config.global_batch_size or together
+    if size % together:
+        lower, upper = size // together * together, -(-size // together) * together
+        nearest = " or ".join(str(n) for n in (lower, upper) if n)
+        raise TrainError(
+            f"global_batch_size {size} is not divisible by micro_batch_size {config.micro_batch_size} "
+            f"x {world_size} ranks = {together}; use {nearest}"
+        )
+    return size, size // together
+
+
+def prepare(config: TrainConfig, cache_dir: Path) -> dict[str, Any]:
+    """Bring model and data to this machine and turn rows into tokens; one rank of a node does it.
+
+    Returns:
+        Folders and commits, as JSON can hold them.
+
+    Raises:
+        DataError, ModelError: what the user can mend.
+    """
+    chosen, model_folder, model_commit = config.model, None, None
+    if chosen.name is not None:
+        fetched = fetch_model(chosen.name, revision=chosen.revision, cache_dir=cache_dir)
+        model_folder, model_commit = fetched.path, fetched.commit
+    elif chosen.path is not None:
+        model_folder = Path(chosen.path)
+    if chosen.tokenizer is None:
+        tokenizer_folder = model_folder or cache_dir / "embedded-tokenizer"
+        if model_folder is None:
+            build_tokenizer(tokenizer_folder)
+    elif Path(chosen.tokenizer).is_dir():
+        tokenizer_folder = Path(chosen.tokenizer)
+    else:
+        tokenizer_folder = fetch_model(
+            chosen.tokenizer, revision=None, cache_dir=cache_dir, only_tokenizer=True
+        ).path
+    tokenizer = read_tokenizer(config, cache_dir, str(tokenizer_folder))
+    check_fits(
+        read_model_config(chosen, model_folder, tokenizer),
+        tokenizer,
+        seq_len=config.data.seq_len,
+    )
+    train_source = load_rows(config.data, config.data.split, cache_dir=cache_dir)
+    prepared: dict[str, Any] = {
+        "model": str(model_folder) if model_folder else None,
+        "model_commit": model_commit,
+        "tokenizer": str(tokenizer_folder),
+        "data_commit": train_source.commit,
+        "train_tokens": str(
+            prepare_tokens(train_source, tokenizer, config.data, cache_dir=cache_dir)
+        ),
+        "evaluation_tokens": None,
+    }
+    split = config.evaluation.split or ("test" if uses_embedded_data(config) else None)
+    if split is not None:
+        held_out = load_rows(config.data, split, cache_dir=cache_dir)
+        prepared["evaluation_tokens"] = str(
+            prepare_tokens(held_out, tokenizer, config.data, cache_dir=cache_dir)
+        )
+    return prepared
+
+
+def uses_embedded_data(config: TrainConfig) -> bool:
+    return config.data.name is None and config.data.path is None
+
+
+def read_tokenizer(config: TrainConfig, cache_dir: Path, folder: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(
+        Path(folder), cache_dir=cache_dir, add_special_tokens=config.model.add_special_tokens
+    )
+
+
+def build_sharded_model(
+    job: Job, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh
+) -> tuple[PackedCausalLM, LoadReport | None]:
+    """The model on this rank's device: sharded first, then filled from the checkpoint, unless weights are random."""
+    config = job.config.model
+    folder = Path(job.prepared["model"]) if job.prepared["model"] else None
+    random = folder is None or config.init == "random"
+    model = build_model(
+        read_model_config(config, folder, tokenizer),
+        attention=config.attention,
+        seed=job.config.seed if random else None,
+    )
+    shard(model, job.config.parallel, mesh)
+    if random:
+        return model.to(job.device), None
+    materialise(model, job.device)
+    assert folder is not None
+    return model, load_weights(model, folder)
+
+
+def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> None:
+    parallelise(
+        model,
+        config,
+        mesh,
+        layer_classes=decoder_layer_classes(model),
+        root_parameters=[model.head.weight],
+        forward_methods=["generate"],
+    )
+
+
+def open_batches(
+    job: Job,
+    tokens: TokenStore,
+    packs: Packs,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    start_sample: int = 0,
+    training: bool = True,
+) -> PackedBatches:
+    """This rank's micro-batches: of training from a sample on, or of evaluation once through."""
+    config, world_size = job.config, job.ranks.world_size
+    if not training:
+        end_sample: int | None = len(packs)
+    elif config.steps is None:
+        # The last epoch may end inside a step; what is left of that step is padding.
+        end_sample = math.ceil(len(packs) * config.epochs)
+    else:
+        end_sample = None
+    return PackedBatches(
+        tokens,
+        packs,
+        seq_len=config.data.seq_len,
+        micro_batch_size=config.micro_batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=config.seed,
+        shuffle=training,
+        rank=job.ranks.rank,
+        world_size=world_size,
+        global_batch_size=job.global_batch_size
+        if training
+        else config.micro_batch_size * world_size,
+        start_sample=start_sample,
+        end_sample=end_sample,
+        workers=config.data.workers if training else 0,
+    )
+
+
+def resume(job: Job, checkpointer: Checkpointer, order: dict[str, Any]) -> Progress:
+    """Continue from a checkpoint if there is one to continue from.
+
+    Raises:
+        TrainError: `--resume never` would mix two runs; or the checkpoint counts samples in another order.
+    """
+    wanted = job.config.resume
+    checkpoint = checkpointer.newest() if wanted in ("auto", "never") else Path(wanted)
+    if checkpoint is None:
+        return Progress()
+    if wanted == "never":
+        raise TrainError(
+            f"{job.output_dir} already holds {checkpoint.name} and checkpoints are never overwritten; "
+            "give another --output_dir, or continue with --resume auto"
+        )
+    state = checkpointer.restore(checkpoint)
+    changed = [
+        f"{key} was {state['order'].get(key)}, is {value}"
+        for key, value in order.items()
+        if state["order"].get(key) != value
+    ]
+    if changed:
+        raise TrainError(
+            f"{checkpoint} was trained on other samples ({'; '.join(changed)}); "
+            "undo the change, or start anew with another --output_dir"
+        )
+    return Progress(step=state["step"], samples=state["samples"])
+
+
+def evaluate_model(
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`; {} without held-out rows."""
+    config = job.config
+    if job.prepared["evaluation_tokens"] is None:
+        return {}
+    tokens = open_tokens(job.prepared["evaluation_tokens"])
+    packs = pack(
+        tokens.lengths[: config.evaluation.max_rows],
+        seq_len=config.data.seq_len,
+        method=config.data.packing,
+    )
+    batches = open_batches(job, tokens, packs, tokenizer, training=False)
+    values = {"eval_loss": evaluate_loss(model, batches, loss_fn=causal_lm_loss, device=job.device)}
+    if uses_embedded_data(config) and config.evaluation.generate_rows > 0:
+        asked = questions("test", config.evaluation.generate_rows)
+        answers = generate_answers(
+            model,
+            tokenizer,
+            [prompt for prompt, _ in asked],
+            max_new_tokens=config.evaluation.max_new_tokens,
+            device=job.device,
+        )
+        model.reshard()  # type: ignore[operator]  # a method of FSDP modules
+        right = sum(
+            check_answer(expected, answer)
+            for (_, expected), answer in zip(asked, answers, strict=True)
+        )
+        values["exact_match_pct"] = 100 * right / len(asked)
+    return values
+
+
+def export(job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write OUTPUT_DIR/export; a failure on the writing rank is raised by all."""
+    error = None
+    try:
+        export_model(
+            model,
+            tokenizer,
+            job.output_dir / "export",
+            dtype=DTYPES[job.config.model.dtype],
+            is_writer=job.ranks.is_first,
+        )
+    except (OSError, ValueError) as reason:
+        error = str(reason)
+    raise_together(error)

@@ -1,0 +1,91 @@
+"""Everything that is set because of the hardware, in one place, and what the hardware can do."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from typing import Literal
+
+import torch
+
+from trainer.errors import TrainError
+
+# Dense bf16 FLOP/s from NVIDIA's data sheets, without sparsity. The first name found in the device's name counts.
+PEAK_BF16_FLOPS = {
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
+
+
+def choose_device(
+    wanted: Literal["auto", "cpu", "cuda"], *, local_world_size: int
+) -> Literal["cpu", "cuda"]:
+    """`auto` is CUDA where there is a GPU for every local rank.
+
+    Raises:
+        TrainError: CUDA was asked for, and there are fewer GPUs than local ranks.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+        return "cpu"
+    if gpus < local_world_size:
+        raise TrainError(
+            f"{local_world_size} ranks on this node but {gpus} usable GPUs; "
+            f"start torchrun with --nproc_per_node={max(gpus, 1)}, or use --device cpu"
+        )
+    return "cuda"
+
+
+def configure(device_type: Literal["cpu", "cuda"], *, local_world_size: int) -> None:
+    """Settings for the whole process; call before the first tensor is put on a GPU. Not yet run on a GPU."""
+    if device_type == "cuda":
+        # Packed rows have one shape, but loss and evaluation do not: growing segments instead of caching blocks of
+        # every size keeps reserved memory near allocated memory.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        # An error in one rank's collective ends that rank with a message instead of hanging the others.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+        # Keep the last collectives in a ring buffer, so that a hang can be explained afterwards.
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+        # What is left in fp32 (norm statistics, the loss) may use TF32 tensor cores; parameters compute in bf16.
+        torch.set_float32_matmul_precision("high")
+    else:
+        # torchrun sets one thread per rank where the user set none; the cores of the machine are divided instead.
+        threads = max(1, (os.cpu_count() or 1) // local_world_size)
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1" and local_world_size > 1:
+            torch.set_num_threads(threads)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """FLOP/s one rank can reach at best, and where the number is from.
+
+    Returns:
+        The data sheet's dense peak for a known GPU (fp32 parameters compute in TF32 at half of it); on CPU the best
+        of a few square matrix products, measured now; None for an unknown GPU.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAK_BF16_FLOPS.items():
+            if known in name:
+                return (peak if dtype == torch.bfloat16 else peak / 2), f"data sheet of {known}"
+        return None, f"no peak known for {name}"
+    size = 512
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best = min(_seconds(lambda: a @ b) for _ in range(5))
+    return 2 * size**3 / best, f"{size}x{size} matrix product measured at start"
+
+
+def _seconds(work: object) -> float:
+    begin = time.perf_counter()
+    work()  # type: ignore[operator]
+    return time.perf_counter() - begin
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak allocated memory on CUDA, peak resident set of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kibibytes on Linux

@@ -1,0 +1,259 @@
+"""The training loop. Read `train` from top to bottom: it is the whole algorithm."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from trainer.config import OptimizerConfig
+from trainer.distributed import max_over_ranks, sum_over_ranks
+from trainer.errors import TrainError
+from trainer.hardware import peak_memory_gib
+from trainer.optimizer import clip_gradients, set_learning_rate
+from trainer.parallel import set_gradient_sync
+
+Batch = Mapping[str, Tensor]
+LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that resuming needs beside tensors."""
+
+    step: int = 0
+    samples: int = 0
+    """Cursor into the endless, world-size-invariant order of packed rows."""
+
+
+@dataclass(frozen=True)
+class Speedometer:
+    """What turns tokens and seconds into shares of the machine."""
+
+    flops: Callable[[float, float], float]
+    """Model FLOPs of forward and backward, given real tokens and the sum of squared document lengths."""
+    peak_flops: float | None
+    """Of all ranks together."""
+
+
+class StopRequest:
+    """Set by SIGTERM or ctrl-C; the loop agrees on it over all ranks and stops after the step it is in."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Catch the first signal; a second ctrl-C ends the process as usual."""
+
+        def remember(number: int, _frame: object) -> None:
+            self.signal = signal.Signals(number)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = {
+            number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    *,
+    loss_fn: LossFunction,
+    learning_rate: Callable[[int], float],
+    optimizer_config: OptimizerConfig,
+    progress: Progress,
+    steps: int,
+    global_batch_size: int,
+    grad_accum_steps: int,
+    samples_per_epoch: int,
+    device: torch.device,
+    evaluate: Callable[[int], None],
+    evaluate_every: int,
+    save: Callable[[Progress], None],
+    save_every: int,
+    log: Callable[[dict[str, Any]], None],
+    log_every: int,
+    advance: Callable[[], None],
+    stop: StopRequest,
+    speedometer: Speedometer,
+) -> bool:
+    """Run steps `progress.step + 1` to `steps`; every rank calls this with its own batches.
+
+    Args:
+        model: sharded (`trainer.parallel.parallelise`) or a plain module in a group of one rank.
+        optimizer: over the model's parameters; its learning rate is set before every step.
+        batches: this rank's micro-batches from `progress.samples` on. Each has, beside what the loss needs,
+            `counts` [4] int64 on the host: real tokens, padding tokens, valid labels, squared document lengths.
+        loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the batch's valid labels.
+        learning_rate: pure function of the step.
+        optimizer_config: clipping and how many steps in a row may be skipped.
+        progress: advanced in place.
+        steps: the last step of the run.
+        global_batch_size: packed rows per step over all ranks.
+        grad_accum_steps: micro-batches per step on this rank.
+        samples_per_epoch: packed rows of one epoch, for the logged epoch.
+        device: where batches go.
+        evaluate: called after every `evaluate_every`-th step and after the last.
+        evaluate_every: 0 for only after the last.
+        save: called after every `save_every`-th step, after the last, and before stopping on request.
+        save_every: 0 for only at the end.
+        log: gets one dictionary per `log_every` steps, on every rank.
+        log_every: steps.
+        advance: called after every step.
+        stop: polled once per step.
+        speedometer: turns counts into `mfu_pct`.
+
+    Returns:
+        True when the last step was reached, False when a stop was requested.
+
+    Raises:
+        TrainError: too many steps in a row had a gradient that is not finite.
+    """
+    batches = iter(batches)
+    window = Window(speedometer)
+    skipped = 0
+
+    for step in range(progress.step + 1, steps + 1):
+        # The whole step's batches are fetched first: their token counts are the divisor of every loss in it.
+        window.begin_step()
+        micro_batches = [next(batches) for _ in range(grad_accum_steps)]
+        window.end_data_wait()
+        counts = torch.stack([batch["counts"] for batch in micro_batches]).sum(0).tolist()
+        *counts, stop_votes = sum_over_ranks([*counts, stop.signal is not None])
+        valid_tokens = counts[2]
+
+        step_loss = torch.zeros((), dtype=torch.float32, device=device)
+        for index, batch in enumerate(micro_batches):
+            set_gradient_sync(model, last=index == grad_accum_steps - 1)
+            loss_sum, _metrics = loss_fn(model, to_device(batch, device))
+            # FSDP averages gradients over ranks; times the world size makes that the sum over ranks, and the global
+            # count makes it the mean over every valid token of the step, wherever it lies.
+            (loss_sum * (dist.get_world_size() / max(valid_tokens, 1))).backward()
+            step_loss += loss_sum.detach()
+
+        grad_norm = clip_gradients(model.parameters(), optimizer_config.max_grad_norm)
+        if math.isfinite(grad_norm):  # the norm is global: all ranks decide alike
+            set_learning_rate(optimizer, learning_rate(step))
+            optimizer.step()
+            skipped = 0
+        else:
+            skipped += 1
+        optimizer.zero_grad()
+        progress.step, progress.samples = step, progress.samples + global_batch_size
+        window.end_step(step_loss, counts)
+        advance()
+
+        if skipped > optimizer_config.max_skipped_steps:
+            raise TrainError(
+                f"the gradient was not finite in {skipped} steps in a row, the last being step {step}; "
+                "lower --optimizer.learning_rate, or look at the data of these steps"
+            )
+        if step % log_every == 0 or step == steps:
+            log(
+                {
+                    "step": step,
+                    "epoch": progress.samples / samples_per_epoch,
+                    **window.row(device),
+                    "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                    "learning_rate": learning_rate(step),
+                    "skipped_steps": skipped,
+                }
+            )
+            window = Window(speedometer)
+        stopping = stop_votes > 0 and step < steps
+        if (save_every and step % save_every == 0) or step == steps or stopping:
+            save(progress)
+        if stopping:
+            return False
+        if (evaluate_every and step % evaluate_every == 0) or step == steps:
+            evaluate(step)
+    return True
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Copy a batch to the device; from pinned memory the host does not wait."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+class Window:
+    """Sums over the steps since the last logged row. Nothing here waits for the device until `row`."""
+
+    def __init__(self, speedometer: Speedometer) -> None:
+        self._speedometer = speedometer
+        self._losses: list[Tensor] = []
+        self._counts = [0.0] * 4
+        self._steps = 0
+        self._seconds = self._data_wait_seconds = 0.0
+
+    def begin_step(self) -> None:
+        self._began = time.perf_counter()
+
+    def end_data_wait(self) -> None:
+        self._data_wait_seconds += time.perf_counter() - self._began
+
+    def end_step(self, loss_sum: Tensor, counts: Sequence[float]) -> None:
+        """Take this rank's loss of the step and the step's counts over all ranks."""
+        self._losses.append(loss_sum)
+        self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
+        self._steps += 1
+        self._seconds += time.perf_counter() - self._began
+
+    def row(self, device: torch.device) -> dict[str, Any]:
+        """Means and sums over all ranks and the steps of the window; `loss` is the mean over all valid tokens."""
+        (loss_sum,) = sum_over_ranks([float(torch.stack(self._losses).double().sum())])
+        # Steps end together, so the slowest rank's clock is the run's.
+        seconds, data_wait, memory = max_over_ranks(
+            [self._seconds, self._data_wait_seconds, peak_memory_gib(device)]
+        )
+        tokens, padding_tokens, valid_tokens, squared_lengths = self._counts
+        flops, peak = self._speedometer.flops(tokens, squared_lengths), self._speedometer.peak_flops
+        return {
+            "loss": loss_sum / max(valid_tokens, 1),
+            "valid_tokens": int(valid_tokens),
+            "tokens": int(tokens),
+            "padding_tokens": int(padding_tokens),
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_second_per_gpu": tokens / seconds / dist.get_world_size(),
+            "mfu_pct": None if peak is None else 100 * flops / seconds / peak,
+            "step_seconds": seconds / self._steps,
+            "data_wait_seconds": data_wait / self._steps,
+            "memory_peak_gib": memory,
+        }
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: nn.Module, batches: Iterable[Batch], *, loss_fn: LossFunction, device: torch.device
+) -> float:
+    """Mean loss per valid token over all batches of all ranks; the same for any number of ranks.
+
+    Every rank must bring the same number of batches; one with nothing left brings padding.
+    """
+    was_training = model.training
+    model.eval()
+    loss, valid = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        loss_sum, _metrics = loss_fn(model, to_device(batch, device))
+        loss += loss_sum.double().cpu()
+        valid += int(batch["counts"][2])
+    model.train(was_training)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # without a backward nobody frees the root's gathered parameters
+    loss_sum, valid_tokens = sum_over_ranks([float(loss), valid])
+    return loss_sum / max(valid_tokens, 1)

@@ -1,0 +1,99 @@
+"""Losses: `loss_fn(model, batch) -> (loss_sum, metrics)`, a *sum* over valid tokens.
+
+The loop divides by the number of valid tokens of the whole step, over all ranks and micro-batches; a mean taken here
+would weight a short row like a long one.
+
+Shapes: B rows, S tokens a row, D model width, V vocabulary, N valid tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+
+# fp32 logits that may exist at once. Small enough to stay near the caches of a CPU and to vanish beside a GPU's
+# activations, large enough that the matrix products run at full speed.
+CHUNK_BYTES = 128 * 2**20
+
+
+def causal_lm_loss(
+    model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the next token, summed over the labels that are not IGNORE_INDEX.
+
+    Args:
+        model: called as `model(batch, head)`; `head` gets hidden states [B, S, D] and the head's weight [V, D].
+        batch: `labels` [B, S], already shifted: the label at a position is the token that follows it; and
+            `label_positions` [N], the places in B * S that have a label.
+    """
+    positions = batch["label_positions"]
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        valid = hidden.flatten(0, 1).index_select(0, positions)
+        targets = batch["labels"].flatten().index_select(0, positions)
+        return linear_cross_entropy_sum(valid, weight, targets)
+
+    return model(batch, head), {}
+
+
+def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`cross_entropy(hidden @ weight.T, targets, reduction="sum")` without ever holding all logits.
+
+    Logits are made chunk by chunk and turned into their own gradient at once, so that backward has nothing left to
+    compute and [N, V] never exists. Softmax, loss and the gradient of the weight are accumulated in fp32, whatever
+    the type of the inputs.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        targets: [N] int64, every one valid.
+
+    Returns:
+        Scalar fp32.
+    """
+    loss = _LinearCrossEntropySum.apply(hidden, weight, targets, torch.is_grad_enabled())
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
+        hidden_needs, weight_needs = (training and needed for needed in ctx.needs_input_grad[:2])
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden) if hidden_needs else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs else None
+        chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, min(start + chunk, hidden.shape[0]))
+            h, target = hidden[rows], targets[rows].unsqueeze(1)
+            logits = (h @ weight.T).float()
+            log_normaliser = logits.logsumexp(1, keepdim=True)
+            loss += (log_normaliser - logits.gather(1, target)).sum()
+            if hidden_grad is None and weight_grad is None:
+                continue
+            # d loss / d logits = softmax - one_hot, written over the logits.
+            grad = logits.sub_(log_normaliser).exp_()
+            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
+            grad = grad.to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(grad, weight, out=hidden_grad[rows])
+            if weight_grad is not None:
+                weight_grad += grad.T @ h
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        (loss_grad,) = grad_outputs
+        hidden_grad, weight_grad = ctx.saved_tensors
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * loss_grad.to(hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad = (weight_grad * loss_grad).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None

@@ -1,0 +1,112 @@
+"""One dictionary per logged step, to metrics.jsonl, TensorBoard and the progress bar; rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from trainer.config import LogConfig
+
+# TensorBoard groups by the part before the slash.
+TENSORBOARD_GROUPS = {
+    "loss": "train",
+    "grad_norm": "train",
+    "learning_rate": "train",
+    "eval_loss": "evaluation",
+    "exact_match_pct": "evaluation",
+}
+
+
+class MetricsWriter:
+    """Writes rows of numbers; on ranks other than the first it does nothing."""
+
+    def __init__(
+        self, folder: Path, config: LogConfig, *, is_first: bool, steps: int, step: int
+    ) -> None:
+        """
+        Args:
+            folder: gets metrics.jsonl (appended to, so that a resumed run goes on) and tensorboard/.
+            config: what to write.
+            is_first: True on rank 0.
+            steps: steps of the whole run.
+            step: steps already done.
+        """
+        self._file = self._tensorboard = self._bar = None
+        if not is_first:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        forget_after(folder / "metrics.jsonl", step)
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        if config.tensorboard:
+            from torch.utils.tensorboard import (
+                SummaryWriter,
+            )  # a second to import: only where it is used
+
+            # Rows a crash left behind are hidden from the step that is run again.
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if config.progress:
+            self._bar = tqdm(
+                total=steps,
+                initial=step,
+                desc="train",
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5,
+                leave=True,
+            )
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write one row; `row["step"]` says which."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    group = TENSORBOARD_GROUPS.get(name, "speed")
+                    self._tensorboard.add_scalar(f"{group}/{name}", value, row["step"])
+        if self._bar is not None and "loss" in row:
+            self._bar.set_postfix_str(
+                f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+            )
+
+    def say(self, line: str) -> None:
+        """Print a line without breaking the progress bar."""
+        if self._file is not None:
+            tqdm.write(line)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for sink in (self._bar, self._tensorboard, self._file):
+            if sink is not None:
+                sink.close()
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Drop the rows of steps after `step` from a metrics file: they will be run, and written, again."""
+    if not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) != len(lines):
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(file)
