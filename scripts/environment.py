@@ -11,6 +11,8 @@ from scripts.command_line import CommandLineError
 
 # Read the environment once, on import.
 _LIBRARIES = ("huggingface_hub", "datasets", "transformers")
+# What huggingface_hub takes for a switched-on variable.
+_TRUE = ("1", "ON", "YES", "TRUE")
 
 
 def use_cache_dir(cache_dir: str) -> Path:
@@ -87,12 +89,7 @@ def _require_writable(root: Path) -> None:
             probe.write(b"0")
             probe.flush()
     except (OSError, ValueError) as error:
-        if os.path.isdir(root) and os.environ.get("HF_HUB_OFFLINE", "").upper() in {
-            "1",
-            "ON",
-            "YES",
-            "TRUE",
-        }:
+        if os.path.isdir(root) and os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
             return
         reason = error.strerror if isinstance(error, OSError) else error
         raise CommandLineError(
@@ -103,7 +100,7 @@ def _require_writable(root: Path) -> None:
 
 def _keep_saved_token() -> None:
     """Point to the token of `hf auth login`, which is searched in HF_HOME, before HF_HOME moves."""
-    if "HF_TOKEN" in os.environ or "HF_TOKEN_PATH" in os.environ:
+    if os.environ.get("HF_TOKEN") or os.environ.get("HF_TOKEN_PATH"):
         return
     default_home = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     token = Path(os.environ.get("HF_HOME", default_home)).expanduser() / "token"
