@@ -61,9 +61,9 @@ class Source:
                 f"{self.name}: no column messages among {', '.join(map(str, columns))}; "
                 f"rows must have {KNOWN_FORMATS}"
             )
-        if hasattr(rows, "select_columns"):  # a datasets.Dataset: decode no column for nothing
-            rows = rows.select_columns([name for name in COLUMNS if name in columns])
-        return rows
+        # A datasets.Dataset would otherwise decode columns for nothing.
+        select = getattr(rows, "select_columns", None)
+        return select([name for name in COLUMNS if name in columns]) if select else rows
 
 
 def load_rows(config: DataConfig, split: str, *, cache_dir: str | Path) -> Source:
@@ -127,6 +127,8 @@ def download_dataset(name: str, *, revision: str | None, cache_dir: Path) -> Pat
     """
     from huggingface_hub import snapshot_download
 
+    if revision and (".." in revision or not re.fullmatch(r"[\w./+-]+", revision)):
+        raise DataError(f"data.revision {revision!r} is not the name of a branch, tag or commit")
     for delay in (*_RETRY_DELAYS_SECONDS, None):
         try:
             snapshot = snapshot_download(

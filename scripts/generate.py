@@ -34,10 +34,12 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from models.causal_lm import PackedCausalLM
     from models.generation import generate_answers
 
+    logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     hf = AutoModelForCausalLM.from_pretrained(arguments.model).to(device)

@@ -50,7 +50,6 @@ def header(
     parameters = sum(p.numel() for p in model.parameters())
     ledger = tokens.meta["ledger"]
     filled = 100 * int(tokens.lengths.sum()) / (len(packs) * config.data.seq_len)
-    devices = f"{world_size} x {device_name(job.device)}"
     precision = precision_table(config.parallel, export_dtype=config.model.dtype)
     rows = {
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
@@ -61,8 +60,10 @@ def header(
         "run": f"{steps:,} steps of {job.global_batch_size} rows "
         f"({config.micro_batch_size} x {world_size} ranks x {job.grad_accum_steps} accumulated), "
         f"{steps * job.global_batch_size / len(packs):.1f} epochs",
-        "devices": devices,
-        "precision": ", ".join(f"{what} {how}" for what, how in precision.items()),
+        "ranks": f"{world_size} on {device_name(job.device)}" + (" each" if world_size > 1 else ""),
+        "precision": ", ".join(
+            f"{what} {how}" for what, how in precision.items() if what != "optimizer state"
+        ),
         "output": str(job.output_dir),
     }
     left_out = {reason: entry["rows"] for reason, entry in ledger["excluded"].items()} | {

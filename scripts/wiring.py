@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,6 +104,7 @@ def _run(job: Job) -> int:
 
     mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
+    torch.manual_seed(config.seed + ranks.rank)  # what a model draws while training differs by rank
     optimizer = build_optimizer(model, config.optimizer)
     checkpointer = Checkpointer(job.output_dir / "checkpoints", model, optimizer, config.checkpoint)
     # A cursor means the same samples only while these are the same.
@@ -112,8 +116,8 @@ def _run(job: Job) -> int:
         "seed": config.seed,
     }
     progress = resume(job, checkpointer, order)
-    say = print if ranks.is_first else (lambda *_: None)
-    say(reporting.header(job, model, weights, tokens, packs, steps, progress), flush=True)
+    say = partial(print, flush=True) if ranks.is_first else (lambda _: None)
+    say(reporting.header(job, model, weights, tokens, packs, steps, progress))
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
     raise_together(reporting.write_run_files(job, mesh, tokens, packs) if ranks.is_first else None)
@@ -170,11 +174,11 @@ def _run(job: Job) -> int:
         checkpointer.wait()
     if not finished:
         (number,) = max_over_ranks([int(stop.signal or 0)])
-        say(reporting.stopped(job, int(number), progress.step), flush=True)
+        say(reporting.stopped(job, int(number), progress.step))
         return 128 + int(number)
     if config.checkpoint.export:
         export(job, model, tokenizer)
-    say(reporting.footer(job, before, after, mfu_peak=peak_origin), flush=True)
+    say(reporting.footer(job, before, after, mfu_peak=peak_origin))
     return 0
 
 
@@ -212,9 +216,7 @@ def prepare(config: TrainConfig, cache_dir: Path) -> dict[str, Any]:
     elif chosen.path is not None:
         model_folder = Path(chosen.path)
     if chosen.tokenizer is None:
-        tokenizer_folder = model_folder or cache_dir / "embedded-tokenizer"
-        if model_folder is None:
-            build_tokenizer(tokenizer_folder)
+        tokenizer_folder = model_folder or embedded_tokenizer(cache_dir)
     elif Path(chosen.tokenizer).is_dir():
         tokenizer_folder = Path(chosen.tokenizer)
     else:
@@ -245,6 +247,21 @@ def prepare(config: TrainConfig, cache_dir: Path) -> dict[str, Any]:
             prepare_tokens(held_out, tokenizer, config.data, cache_dir=cache_dir)
         )
     return prepared
+
+
+def embedded_tokenizer(cache_dir: Path) -> Path:
+    """Folder of the embedded tokenizer under its own digest, written once and never half."""
+    tokenizer = build_tokenizer()
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    folder = cache_dir / "embedded-tokenizer" / digest
+    if not folder.exists():
+        staging = folder.with_name(f".{digest}-{os.uname().nodename}-{os.getpid()}")
+        tokenizer.save_pretrained(staging)
+        try:
+            staging.rename(folder)
+        except OSError:  # another run was first
+            shutil.rmtree(staging)
+    return folder
 
 
 def uses_embedded_data(config: TrainConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,7 @@ class MetricsWriter:
         """
         Args:
             folder: gets metrics.jsonl (appended to, so that a resumed run goes on) and tensorboard/.
-            config: what to write.
+            config: what to write. Where there is no terminal, lines take the place of the bar.
             is_first: True on rank 0.
             steps: steps of the whole run.
             step: steps already done.
@@ -49,7 +50,8 @@ class MetricsWriter:
 
             # Rows a crash left behind are hidden from the step that is run again.
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        if config.progress:
+        self._steps, self._lines = steps, config.progress and not sys.stderr.isatty()
+        if config.progress and not self._lines:
             self._bar = tqdm(
                 total=steps,
                 initial=step,
@@ -76,15 +78,13 @@ class MetricsWriter:
                 if name != "step" and isinstance(value, int | float):
                     group = TENSORBOARD_GROUPS.get(name, "speed")
                     self._tensorboard.add_scalar(f"{group}/{name}", value, row["step"])
-        if self._bar is not None and "loss" in row:
-            self._bar.set_postfix_str(
-                f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
-            )
-
-    def say(self, line: str) -> None:
-        """Print a line without breaking the progress bar."""
-        if self._file is not None:
-            tqdm.write(line)
+        if "loss" in row:
+            numbers = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+            if self._bar is not None:
+                self._bar.set_postfix_str(numbers)
+            elif self._lines:
+                left = tqdm.format_interval((self._steps - row["step"]) * row["step_seconds"])
+                print(f"step {row['step']}/{self._steps}  {numbers}, {left} left", flush=True)
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainer.config import OptimizerConfig, ScheduleConfig
+from trainer.hardware import FUSED_OPTIMIZER
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -27,7 +28,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
-        fused=True,  # one kernel for all parameters: no per-parameter launches, no foreach temporaries
+        fused=FUSED_OPTIMIZER,
     )
 
 

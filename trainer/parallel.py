@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.config import ParallelConfig
 from trainer.errors import TrainError
+from trainer.hardware import PREFETCH_LAYERS
 
 # The protocol of torch.distributed.fsdp.wrap: called once with recurse=True (go into this module's children?), once
 # with recurse=False (make it a group, given how many of its parameters its children have not taken?).
@@ -196,11 +197,12 @@ def parallelise(
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
     if mesh.device_type == "cuda":
-        # Start a layer's all-gather two layers ahead, so that it hides behind compute even when one layer is short.
         sharded: list[FSDPModule] = [layer for layer in layers if isinstance(layer, FSDPModule)]
         for index, layer in enumerate(sharded):
-            layer.set_modules_to_forward_prefetch(sharded[index + 1 : index + 3])
-            layer.set_modules_to_backward_prefetch(sharded[max(0, index - 2) : index][::-1])
+            layer.set_modules_to_forward_prefetch(sharded[index + 1 : index + 1 + PREFETCH_LAYERS])
+            layer.set_modules_to_backward_prefetch(
+                sharded[max(0, index - PREFETCH_LAYERS) : index][::-1]
+            )
     return groups
 
 
@@ -215,9 +217,9 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
 def precision_table(config: ParallelConfig, *, export_dtype: str) -> dict[str, str]:
     """The precision contract of a run, for people and for run.json."""
     return {
-        "master weights": "float32, sharded",
+        "masters": "float32",
+        "optimizer state": "float32",
         "compute and all-gather": config.param_dtype,
-        "gradient reduction": config.reduce_dtype,
-        "optimizer state": "float32, sharded",
+        "reduction": config.reduce_dtype,
         "export": export_dtype,
     }

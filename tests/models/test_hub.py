@@ -184,7 +184,7 @@ def test_a_refused_model_says_how_to_get_access(tmp_path: Path, hub: LoopbackHub
     for name, path_part, status, code in refusals:
         hub.repositories["models", name] = hub.repositories["models", "org/model"]
         hub.fail(path_part, status=status, error_code=code, times=100)
-    calls = [{"name": name} for name, *_ in refusals]
+    calls: list[dict[str, object]] = [{"name": name} for name, *_ in refusals]
     answers = _fetch(tmp_path, *calls, HF_ENDPOINT=hub.url, HF_TOKEN="hf_secretsecret")
     for (name, _, status, _), answer in zip(refusals, answers, strict=True):
         assert f"model {name}: the hub refuses access (status {status})" in answer["error"]

@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def run_ranks(
                 receiver.close()
 
 
-def _forkserver() -> multiprocessing.context.ForkServerContext:
+def _forkserver() -> ForkServerContext:
     """The context whose server has the libraries loaded; started by the first call."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
