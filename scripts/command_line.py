@@ -565,7 +565,8 @@ def _placeholder(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "{" + ",".join(get_args(hint)) + "}"
     if get_origin(hint) is tuple:
-        return "[" + ",".join(_placeholder(item) for item in get_args(hint)) + "]"
+        items = ("..." if item is ... else _placeholder(item) for item in get_args(hint))
+        return "[" + ",".join(items) + "]"
     return {bool: "{true,false}", int: "INTEGER", float: "NUMBER", str: "TEXT"}.get(
         hint, "{KEY: VALUE}"
     )

@@ -74,6 +74,7 @@ def test_values_of_every_type() -> None:
         [
             "--model.path=/models/x",
             "--model.init=random",
+            "--model.add_special_tokens=[<|tool|>, '3']",
             '--model.overrides={"num_hidden_layers": 2, "name": "3", "eps": 1e-6}',
             "--optimizer.betas=[0.8, 99e-2]",
             "--parallel.dp_shard",
@@ -89,6 +90,7 @@ def test_values_of_every_type() -> None:
         ]
     )
     assert config.model.overrides == {"num_hidden_layers": 2, "name": "3", "eps": 1e-6}
+    assert config.model.add_special_tokens == ("<|tool|>", "3")
     assert config.optimizer.betas == (0.8, 0.99)
     assert config.parallel.dp_shard == -1
     assert config.log.tensorboard is False
@@ -312,6 +314,7 @@ def test_the_foreign_names_lead_to_real_flags_and_hide_none() -> None:
         (["--device=tpu"], "--device: expected one of auto, cpu, cuda, got 'tpu'"),
         (["--optimizer.betas=0.9"], "--optimizer.betas: expected a list like [NUMBER,NUMBER]"),
         (["--optimizer.betas=[1,2,3]"], "--optimizer.betas: expected a list like [NUMBER,NUMBER]"),
+        (["--model.add_special_tokens=x"], "expected a list like [TEXT,...], got 'x'"),
         (["--model.overrides=3"], "--model.overrides: expected a mapping"),
         (["--model.overrides={x: !!python/name:os.system }"], "--model.overrides: expected a map"),
         (["--optimizer.eps=\x1b[31m"], r"got '\x1b[31m'"),
