@@ -31,7 +31,7 @@ from data.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES = frozenset({"system", "user", "assistant", "tool"})
+ROLES = ("system", "user", "assistant", "tool")
 BATCH_ROWS = 256  # rows rendered while the ones before are tokenised
 
 
@@ -163,9 +163,11 @@ class ChatTemplate:
         if inner is None or last is None or inner.group() != last.group():
             raise DataError("the chat template does not end every assistant turn with one token")
         self.end_token: str = last.group()
-        self._prompt = prompt.removeprefix(opening) if prompt.startswith(opening) else ""
-        # A template may prompt with more (an opened <think>) than earlier turns show.
-        rest = text[len(opening) :] if text.startswith(opening) else ""
+        # What a prompt adds to the messages, and how much of it a finished turn shows: a template may
+        # prompt with more (an opened <think>) than it keeps.
+        shared = len(_common_start(opening, prompt))
+        self._prompt = prompt[shared:]
+        rest = text[shared:] if text.startswith(prompt[:shared]) else ""
         header = _common_start(self._prompt, rest)
         self._header = header if self._control.search(header) else None
 
@@ -214,6 +216,8 @@ class ChatTemplate:
             said = text[turn.starts[-1] : turn.end]
             reasoning, answer = _split_reasoning(message)
             names = [_tool_name(call) for call in message.get("tool_calls") or ()]
+            if not answer and not names:
+                raise _Unusable("an assistant turn has reasoning but no answer")
             if answer not in said or not all(name in said for name in names):
                 raise _Unusable("the chat template changes the text of an assistant turn")
             stripped += reasoning not in said

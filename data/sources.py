@@ -224,7 +224,7 @@ def explain_os_error(error: OSError, folder: Path) -> str | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(_existing(folder)).free
         return f"{folder}: no space left ({free:,} bytes free); free some or move --cache_dir"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return f"{error.filename or folder}: {error.strerror}; give a --cache_dir you can write to"
     return None
 

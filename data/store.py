@@ -157,7 +157,7 @@ def open_tokens(folder: str | Path) -> TokenStore:
         offsets = np.load(folder / "offsets.npy")
         input_ids = np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r")
         supervised = np.memmap(folder / "supervised.bin", dtype=np.uint8, mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{folder}: damaged ({error}); delete it and run again") from error
     if not len(input_ids) == len(supervised) == offsets[-1]:
         raise DataError(f"{folder}: damaged (sizes disagree); delete it and run again")
