@@ -5,9 +5,8 @@ Shapes: B rows, S tokens a row, N query heads, K key/value heads, H head width, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +65,9 @@ def packed_attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
     else:
-        output = _attention_per_document(query, key, value, document_offsets, scaling, dropout)
+        output = _attention_per_document(  # pyright: ignore[reportCallIssue]  # decorated
+            query, key, value, document_offsets, scaling, dropout
+        )
     return output.unflatten(0, (rows, length)), None
 
 

@@ -27,7 +27,7 @@ SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
 EMBEDDED_QWEN3: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
