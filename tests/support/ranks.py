@@ -6,12 +6,14 @@ that a launch costs a fraction of a second instead of the imports once per rank.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -33,6 +35,7 @@ _PRELOAD = [
 # Thread pools do not survive a fork, and ranks share the cores: one thread each.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _TEARDOWN_SECONDS = 10.0
+_STACK_SIGNAL = signal.SIGUSR2
 
 
 def free_port() -> int:
@@ -81,7 +84,7 @@ def run_ranks(
                 stack_file = str(Path(folder, f"stack-{rank}"))
                 process = context.Process(
                     target=_run_rank,
-                    args=(sender, rank_env, stack_file, 0.8 * timeout, init_group, function, args),
+                    args=(sender, rank_env, stack_file, init_group, function, args),
                 )
                 process.start()
                 sender.close()  # so that the pipe reads as closed when the rank dies
@@ -131,9 +134,8 @@ def _collect(
         )
         if not ready:
             stacks = "".join(
-                f"\nrank {rank}:\n{(folder / f'stack-{rank}').read_text()}"
+                f"\nrank {rank}:\n{_stack(processes[rank].pid, folder / f'stack-{rank}')}"
                 for rank in sorted(waiting.values())
-                if (folder / f"stack-{rank}").exists()
             )
             raise TimeoutError(
                 f"ranks {sorted(waiting.values())} of {len(processes)} did not finish within "
@@ -153,11 +155,22 @@ def _collect(
     return [results[rank] for rank in range(len(processes))]
 
 
+def _stack(pid: int, file: Path) -> str:
+    """Where a rank hangs, as it writes it when it is asked by signal."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, _STACK_SIGNAL)
+    for _ in range(50):
+        if file.exists() and file.stat().st_size:
+            break
+        time.sleep(0.1)
+    time.sleep(0.1)  # it has begun to write: let it finish
+    return file.read_text() if file.exists() else ""
+
+
 def _run_rank(
     sender: multiprocessing.connection.Connection,
     env: dict[str, str],
     stack_file: str,
-    stack_after_seconds: float,
     init_group: bool,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -169,7 +182,7 @@ def _run_rank(
 
     torch.set_num_threads(1)
     with open(stack_file, "w") as stacks:
-        faulthandler.dump_traceback_later(stack_after_seconds, file=stacks)
+        faulthandler.register(_STACK_SIGNAL, file=stacks)
         try:
             if init_group:
                 dist.init_process_group("gloo")
@@ -180,7 +193,7 @@ def _run_rank(
         # Before the group goes away: gloo now and then aborts while it is taken down.
         sender.send_bytes(message)
         sender.close()
-        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(_STACK_SIGNAL)
         if dist.is_initialized():
             dist.destroy_process_group()
     sys.stdout.flush()
