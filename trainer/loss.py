@@ -93,7 +93,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         (loss_grad,) = grad_outputs
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
-            hidden_grad = hidden_grad * loss_grad.to(hidden_grad.dtype)
+            # In fp32: a factor rounded to bf16 would scale every gradient below the head by the same wrong 0.2 %.
+            hidden_grad = (hidden_grad.float() * loss_grad).to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = (weight_grad * loss_grad).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None

@@ -1,0 +1,138 @@
+"""The chunked loss against cross-entropy of full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer import loss as loss_module
+from trainer.loss import linear_cross_entropy_sum
+
+N, D, V = 37, 16, 53
+
+
+def _inputs(dtype: torch.dtype = torch.float32, n: int = N) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, D, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, V, (n,), generator=generator)
+
+
+def _reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and both gradients in fp64."""
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    loss = F.cross_entropy(h @ w.T, targets, reduction="sum")
+    return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 7, N - 1, N, 10 * N])
+def test_value_and_gradients_are_those_of_full_logits(
+    monkeypatch: pytest.MonkeyPatch, rows_per_chunk: int
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows_per_chunk * 4 * V)
+    hidden, weight, targets = _inputs()
+    value, hidden_grad, weight_grad = _reference(hidden, weight, targets)
+    loss = linear_cross_entropy_sum(hidden, weight, targets)
+    (loss * 0.37).backward()
+    torch.testing.assert_close(loss.double(), value, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hidden.grad.double(), 0.37 * hidden_grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weight.grad.double(), 0.37 * weight_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_chunk_smaller_than_one_row_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
+    hidden, weight, targets = _inputs()
+    loss = linear_cross_entropy_sum(hidden, weight, targets)
+    torch.testing.assert_close(
+        loss.double(), _reference(hidden, weight, targets)[0], rtol=1e-6, atol=0
+    )
+
+
+def test_bf16_inputs_give_an_fp32_loss_and_bf16_gradients() -> None:
+    hidden, weight, targets = _inputs(torch.bfloat16, n=1000)
+    value, hidden_grad, weight_grad = _reference(hidden, weight, targets)
+    loss = linear_cross_entropy_sum(hidden, weight, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    # Single logits carry bf16 rounding (2**-9); the sum of a thousand losses must be far better than that.
+    torch.testing.assert_close(loss.double(), value, rtol=5e-4, atol=0)
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    for ours, exact in ((hidden.grad, hidden_grad), (weight.grad, weight_grad)):
+        assert (ours.double() - exact).norm() < 2**-7 * exact.norm()
+
+
+def test_bf16_hidden_gradient_is_not_biased_by_the_scale_of_the_loss() -> None:
+    # Between two neighbours of bf16: a rounded factor would be off by 0.2 % in every element alike.
+    scale = 1 + 2**-8 + 2**-9 - 2**-12
+    hidden, weight, targets = _inputs(torch.bfloat16, n=1000)
+    (grad,) = torch.autograd.grad(linear_cross_entropy_sum(hidden, weight, targets), hidden)
+    loss = linear_cross_entropy_sum(hidden, weight, targets)
+    (scaled,) = torch.autograd.grad(loss, hidden, torch.tensor(scale))
+    grad, scaled = grad.double(), scaled.double()
+    assert abs(float((grad * scaled).sum() / (grad * grad).sum()) - scale) < 3e-4
+
+
+def test_no_valid_token_is_loss_zero_and_zero_gradients() -> None:
+    hidden, weight, targets = _inputs(n=0)
+    loss = linear_cross_entropy_sum(hidden, weight, targets)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert hidden.grad.shape == (0, D)
+    assert torch.equal(weight.grad, torch.zeros(V, D))
+
+
+class _Shapes(TorchDispatchMode):
+    """Records the shape of every tensor an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor):
+                self.shapes.append(tuple(value.shape))
+        return result
+
+
+def test_a_frozen_weight_gets_no_gradient_and_costs_none() -> None:
+    hidden, weight, targets = _inputs()
+    weight.requires_grad_(False)
+    with _Shapes() as record:
+        linear_cross_entropy_sum(hidden, weight, targets).backward()
+    assert weight.grad is None
+    assert (V, D) not in record.shapes
+    torch.testing.assert_close(
+        hidden.grad.double(), _reference(hidden, weight, targets)[1], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_without_gradients_nothing_of_backward_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 8 * 4 * V)
+    hidden, weight, targets = _inputs()
+    with torch.no_grad(), _Shapes() as record:
+        loss = linear_cross_entropy_sum(hidden, weight, targets)
+    assert not loss.requires_grad
+    assert not {(V, D), (N, D)} & set(record.shapes)
+    torch.testing.assert_close(
+        loss.double(), _reference(hidden, weight, targets)[0], rtol=1e-6, atol=0
+    )
+
+
+def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 8 * 4 * V)
+    hidden, weight, targets = _inputs(n=400)
+    with _Shapes() as record:
+        linear_cross_entropy_sum(hidden, weight, targets).backward()
+    with_vocabulary = [shape for shape in record.shapes if V in shape and D not in shape]
+    assert with_vocabulary and max(max(set(s) - {V}, default=0) for s in with_vocabulary) <= 8
