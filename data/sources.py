@@ -195,7 +195,7 @@ def _explain_hub_error(
     if isinstance(error, IncompleteSnapshotError):
         return (
             f"{what}: only partly downloaded into {cache_dir} and the hub is out of reach; run "
-            f"once with a network ({_first_line(error)})"
+            f"once with a network ({_one_line(error)})"
         )
     if isinstance(error, LocalEntryNotFoundError) and _status(error.__cause__) is not None:
         error = (
@@ -205,7 +205,7 @@ def _explain_hub_error(
         reason = (
             "HF_HUB_OFFLINE is set"
             if constants.HF_HUB_OFFLINE
-            else f"the hub did not answer ({_first_line(error.__cause__ or error)})"
+            else f"the hub did not answer ({_one_line(error.__cause__ or error)})"
         )
         return f"{what}: not in the cache {cache_dir} and {reason}; run once with a network"
     if isinstance(error, HfHubHTTPError) and not isinstance(error, EntryNotFoundError):
@@ -215,7 +215,7 @@ def _explain_hub_error(
     if isinstance(error, OSError):
         return explain_os_error(error, cache_dir)
     if type(error).__module__.startswith("httpx"):
-        return f"{what}: the download was cut ({_first_line(error)}); run again, it resumes"
+        return f"{what}: the download was cut ({_one_line(error)}); run again, it resumes"
     return None
 
 
@@ -251,7 +251,10 @@ def _load_with_datasets(
             _check_file(file)
         if isinstance(error, DatasetNotFoundError):
             raise DataError(f"{source}: holds no data file that datasets can read") from error
-        raise DataError(f"{source}: datasets cannot load it: {_first_line(error)}") from error
+        raise DataError(
+            f"{source}: check data.split and data.subset; datasets cannot load it: "
+            f"{_one_line(error)}"
+        ) from error
     return dataset
 
 
@@ -388,7 +391,7 @@ class JsonLines(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         file = self._file[index]
-        raw = self._maps[file][self._start[index] : self._stop[index]]
+        raw = self._maps[file][self._start[index] : self._stop[index]].rstrip()
         row = _parse_json(raw, self._files[file], self._line[index])
         if not isinstance(row, dict):
             raise DataError(f"{self._files[file]}:{self._line[index]}: not a JSON object")
@@ -432,7 +435,7 @@ def _check_file(file: Path, *, footer_only: bool = False) -> None:
                 for group in range(0 if footer_only else parquet.num_row_groups):
                     parquet.read_row_group(group)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: damaged parquet file: {_first_line(error)}") from error
+            raise DataError(f"{file}: damaged parquet file: {_one_line(error)}") from error
     elif _read_json_array(file) is None:
         for _ in _iterate(JsonLines([file])):
             pass
@@ -442,6 +445,5 @@ def _iterate(rows: Sequence[Row]) -> Iterator[Row]:
     return (rows[i] for i in range(len(rows)))
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:300]
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
