@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -21,7 +22,7 @@ from models.causal_lm import PackedCausalLM
 from models.config import ModelConfig
 from models.errors import ModelError
 
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3")
+CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 # The built-in model: small enough to learn the embedded chat data on two CPU cores in under two minutes.
 EMBEDDED_QWEN3: dict[str, Any] = {
@@ -51,8 +52,8 @@ def read_model_config(
         ModelError: the files or the overrides do not describe a Qwen model this trainer knows.
     """
     if folder is None:
-        values = EMBEDDED_QWEN3 | {"vocab_size": _padded(len(tokenizer))} | dict(config.overrides)
-        return _checked(Qwen3Config.from_dict(values), config, "the built-in model")
+        values = EMBEDDED_QWEN3 | {"vocab_size": _padded(len(tokenizer))}
+        return _parsed(Qwen3Config, values, config, "the built-in model")
     file = folder / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -65,31 +66,34 @@ def read_model_config(
         raise ModelError(
             f"{file} is not a model configuration ({error}); download it again"
         ) from None
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    if model_type not in CONFIG_CLASSES:
         raise ModelError(
-            f"{file} says model_type {model_type!r}; this trainer knows {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"{file} says model_type {model_type!r}; this trainer knows {', '.join(CONFIG_CLASSES)}"
         )
     if config.overrides and config.init != "random":
         raise ModelError(
             "model.overrides changes the architecture, so it needs --model.init random"
         )
-    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    known = set(hf_config.to_dict())
-    for key, value in config.overrides.items():
-        if key not in known:
-            raise ModelError(f"model.overrides: {file} has no key {key!r}")
-        setattr(hf_config, key, value)
-    layer_types = getattr(hf_config, "layer_types", None)
-    if "num_hidden_layers" in config.overrides and layer_types:
-        hf_config.layer_types = layer_types[: hf_config.num_hidden_layers]
-    return _checked(hf_config, config, str(file))
+    return _parsed(CONFIG_CLASSES[model_type], values, config, str(file))
 
 
-def _checked(hf_config: PreTrainedConfig, config: ModelConfig, where: str) -> PreTrainedConfig:
-    if (
-        "sliding_attention" in (getattr(hf_config, "layer_types", None) or ())
-        and config.attention == "packed"
-    ):
+def _parsed(
+    config_class: type[PreTrainedConfig], values: dict[str, Any], config: ModelConfig, where: str
+) -> PreTrainedConfig:
+    """The configuration `values` with the user's overrides, validated by transformers."""
+    for key in set(config.overrides) - set(values) - set(config_class().to_dict()):
+        raise ModelError(f"model.overrides: {where} has no key {key!r}")
+    values = values | config.overrides
+    if "num_hidden_layers" in config.overrides and "layer_types" not in config.overrides:
+        values.pop("layer_types", None)  # one per layer: transformers derives as many as are needed
+    try:
+        hf_config = config_class.from_dict(values)
+    except StrictDataclassError as error:
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise ModelError(
+            f"{where}{' with model.overrides' * bool(config.overrides)} is not a valid configuration ({reason})"
+        ) from None
+    if "sliding_attention" in (hf_config.layer_types or ()) and config.attention == "packed":
         raise ModelError(
             f"{where} uses sliding-window attention, which needs --model.attention sdpa"
         )

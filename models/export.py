@@ -48,8 +48,11 @@ def export_model(
     staging = folder.with_name(f".{folder.name}.partial")
     failure: OSError | None = None
     if is_writer:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        except OSError as error:
+            failure = error
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = 0
@@ -98,12 +101,21 @@ def export_model(
             staging
         )
         tokenizer.save_pretrained(staging)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(staging, folder)
+        _replace(folder, staging)
     except OSError as error:
         raise ModelError(
             f"the export to {folder} could not be written ({error}); free space and export again"
         ) from None
+
+
+def _replace(folder: Path, complete: Path) -> None:
+    """Put a complete folder in the place of another, which is only removed once it has been replaced."""
+    former = folder.with_name(f".{folder.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, former)
+    os.rename(complete, folder)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _name_shards(staging: Path, shards: list[list[str]], total: int) -> None:

@@ -45,7 +45,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """
     index = folder / INDEX_FILE
     if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+            weight_map: dict[str, str] = dict(content["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{index} is not an index of safetensors ({error}); download the model again"
+            ) from None
         for shard in set(weight_map.values()):
             if Path(shard).name != shard:
                 raise ModelError(
@@ -93,7 +99,12 @@ def load_weights(model: PackedCausalLM, folder: Path) -> LoadReport:
     wrong: list[str] = []
     handles = {path: _open(path) for path in sorted(set(files.values()))}
     for name, parameter in parameters.items():
-        stored = handles[files[name]].get_slice(name)
+        try:
+            stored = handles[files[name]].get_slice(name)
+        except SafetensorError as error:
+            raise ModelError(
+                f"{files[name]} does not fit {INDEX_FILE} ({error}); download the model again"
+            ) from None
         shape = tuple(stored.get_shape())
         grows = (
             name in vocabulary

@@ -1,0 +1,172 @@
+"""What is read from config.json, what is refused, and what is built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from data.embedded import build_tokenizer
+from models.build import (
+    build_model,
+    check_fits,
+    decoder_layer_classes,
+    grow_vocabulary,
+    materialise,
+    read_model_config,
+)
+from models.config import ModelConfig
+from models.errors import ModelError
+from models.weights import load_weights
+from tests.support.models import save_checkpoint, tiny_config
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+def test_the_built_in_model_fits_its_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = read_model_config(ModelConfig(), None, tokenizer)
+    assert config.model_type == "qwen3" and config.tie_word_embeddings
+    assert len(tokenizer) <= config.vocab_size < len(tokenizer) + 64
+    assert config.vocab_size % 64 == 0
+    check_fits(config, tokenizer, seq_len=2048)
+
+
+def test_overrides_change_the_built_in_model_and_a_folder(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    built_in = read_model_config(ModelConfig(overrides={"num_hidden_layers": 1}), None, tokenizer)
+    assert built_in.num_hidden_layers == 1
+    save_checkpoint(tmp_path)
+    for layers in (1, 3):  # fewer and more than the layer types in the file
+        changed = ModelConfig(
+            init="random", overrides={"num_hidden_layers": layers, "intermediate_size": 24}
+        )
+        config = read_model_config(changed, tmp_path, tokenizer)
+        model = build_model(config, attention="packed", seed=0)
+        assert len(model.hf.base_model.layers) == layers
+        assert model.hf.base_model.layers[-1].mlp.up_proj.weight.shape == (24, 32)
+
+
+def test_a_value_of_the_wrong_type_is_refused_in_one_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = ModelConfig(init="random", overrides={"hidden_size": "wide"})
+    with pytest.raises(ModelError, match=r"the built-in model with .* 'hidden_size' expected int"):
+        read_model_config(config, None, tokenizer)
+    save_checkpoint(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": "two"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"config.json is not .* 'num_hidden_layers'") as error:
+        read_model_config(ModelConfig(), tmp_path, tokenizer)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("inside_folder", [True, False])
+def test_an_override_of_an_unknown_key_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, inside_folder: bool
+) -> None:
+    save_checkpoint(tmp_path)
+    config = ModelConfig(init="random", overrides={"num_hidden_layer": 1})
+    with pytest.raises(ModelError, match="num_hidden_layer'"):
+        read_model_config(config, tmp_path if inside_folder else None, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (None, "no config.json; --model.path takes a folder"),
+        ("{", "not a model configuration"),
+        ("[1]", "not a model configuration"),
+        ("{}", "not a model configuration"),
+        ('{"model_type": "llama"}', "model_type 'llama'; this trainer knows qwen2, qwen3"),
+    ],
+)
+def test_a_folder_that_is_no_known_model_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, content: str | None, line: str
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=line) as error:
+        read_model_config(ModelConfig(), tmp_path, tokenizer)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_overrides_need_random_weights(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    save_checkpoint(tmp_path)
+    with pytest.raises(ModelError, match=r"--model\.init random"):
+        read_model_config(ModelConfig(overrides={"num_hidden_layers": 1}), tmp_path, tokenizer)
+
+
+def test_sliding_windows_need_sdpa(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    assert "sliding_attention" in config.layer_types
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"--model\.attention sdpa"):
+        read_model_config(ModelConfig(), tmp_path, tokenizer)
+    read = read_model_config(ModelConfig(attention="sdpa"), tmp_path, tokenizer)
+    assert read.layer_types == config.layer_types
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    config = tiny_config(vocab_size=len(tokenizer))
+    check_fits(config, tokenizer, seq_len=64)
+    with pytest.raises(ModelError, match=r"seq_len 65 .* 64 positions; use --data.seq_len 64"):
+        check_fits(config, tokenizer, seq_len=65)
+    config.vocab_size -= 1
+    with pytest.raises(
+        ModelError, match=rf"id is {len(tokenizer) - 1}, .* {config.vocab_size} emb"
+    ):
+        check_fits(config, tokenizer, seq_len=64)
+
+
+def test_the_vocabulary_grows_only_when_it_must(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = tiny_config(vocab_size=len(tokenizer))
+    grow_vocabulary(config, tokenizer)
+    assert config.vocab_size == len(tokenizer)
+    config.vocab_size -= 1
+    grow_vocabulary(config, tokenizer)
+    assert config.vocab_size >= len(tokenizer) and config.vocab_size % 64 == 0
+
+
+def test_random_weights_depend_on_the_seed_alone() -> None:
+    config = tiny_config()
+    a, b, c = (build_model(config, attention="packed", seed=seed) for seed in (1, 1, 2))
+    for x, y, z in zip(a.parameters(), b.parameters(), c.parameters(), strict=True):
+        assert x.dtype == torch.float32 and torch.equal(x, y)
+        assert x.ndim < 2 or not torch.equal(x, z)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_from_meta_to_loaded_on_one_process(tmp_path: Path, kind: str, tied: bool) -> None:
+    reference = save_checkpoint(tmp_path, kind, tied=tied, dtype=torch.bfloat16)
+    model = build_model(tiny_config(kind, tied=tied), attention="sdpa", seed=None)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    materialise(model, torch.device("cpu"))
+    report = load_weights(model, tmp_path)
+    assert report.tied == (["lm_head.weight"] if tied else [])
+    assert len(report.loaded) == len(dict(reference.named_parameters()))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    embedding = model.hf.get_input_embeddings().weight
+    assert (model.head.weight is embedding) == tied
+    ours, theirs = (dict(m.named_buffers()) for m in (model.hf, reference))
+    assert set(ours) == set(theirs) and "model.rotary_emb.inv_freq" in ours
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ids = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(model.eval().hf(input_ids=ids).logits, reference(input_ids=ids).logits)
+
+
+def test_the_decoder_layers_are_found() -> None:
+    for kind in ("qwen2", "qwen3"):
+        model = build_model(tiny_config(kind), attention="packed", seed=None)
+        (layer,) = decoder_layer_classes(model)
+        assert layer is type(model.hf.base_model.layers[0])
