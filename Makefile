@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/installed
-PROMPT ?= What is 17 + 25?
+PROMPT ?= What is 37 + 4?
 
 .PHONY: help demo test test-slow lint clean
 

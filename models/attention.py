@@ -5,7 +5,6 @@ Shapes: B rows, S tokens a row, N query heads, K key/value heads, H head width, 
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -65,13 +64,12 @@ def packed_attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
     else:
-        output = _attention_per_document(  # pyright: ignore[reportCallIssue]  # decorated
-            query, key, value, document_offsets, scaling, dropout
-        )
+        attend = _attention_per_document
+        output = attend(query, key, value, document_offsets, scaling, dropout)
     return output.unflatten(0, (rows, length)), None
 
 
-@torch.compiler.disable  # the loop depends on the data; compiling it would mean a new graph for every batch
+@torch.compiler.disable  # the shapes depend on the data; compiled, every batch would need a new graph
 def _attention_per_document(
     query: Tensor,
     key: Tensor,
@@ -80,25 +78,33 @@ def _attention_per_document(
     scaling: float | None,
     dropout: float,
 ) -> Tensor:
-    """One SDPA call per document. Shapes: query [T, N, H], key and value [T, K, H] -> [T, N, H]."""
-    offsets = document_offsets.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(offsets) if end > start]
-    # split has one backward (a cat) for all documents; slicing would zero-fill a full gradient for each of them.
-    pieces = [
-        F.scaled_dot_product_attention(
-            q.transpose(0, 1),
-            k.transpose(0, 1),
-            v.transpose(0, 1),
-            is_causal=True,
-            scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=query.shape[1] != key.shape[1],
-        ).transpose(0, 1)
-        for q, k, v in zip(
-            query.split(lengths), key.split(lengths), value.split(lengths), strict=True
+    """SDPA inside each document. Shapes: query [T, N, H], key and value [T, K, H] -> [T, N, H].
+
+    Documents whose lengths share a power of two run as one call, padded behind their last token, where causal
+    attention does not look. A call per document would spend more time between kernels than in them.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # the CPU's flash kernel does not share keys among heads
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    offsets = document_offsets.cpu()
+    starts, lengths = offsets[:-1], offsets.diff()
+    outputs, places = [], []
+    for size in (2**power for power in range(query.shape[0].bit_length())):
+        chosen = (lengths >= size) & (lengths < 2 * size)
+        if not chosen.any():
+            continue
+        start, length = starts[chosen].unsqueeze(1), lengths[chosen].unsqueeze(1)
+        column = torch.arange(int(length.max())).unsqueeze(0)
+        inside = column < length
+        token = torch.where(inside, start + column, start).to(query.device)  # padding: any token
+        padded = (x[token].transpose(1, 2) for x in (query, key, value))
+        output = F.scaled_dot_product_attention(
+            *padded, is_causal=True, scale=scaling, dropout_p=dropout
         )
-    ]
-    return torch.cat(pieces)
+        inside = inside.to(query.device)
+        outputs.append(output.transpose(1, 2)[inside])
+        places.append(token[inside])
+    return torch.cat(outputs)[torch.cat(places).argsort()]
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -393,11 +393,6 @@ def validate(config: TrainConfig) -> None:
     )
     for name in ("schedule.decay_pct", "data.max_bad_rows_pct"):
         require(0 <= values[name] <= 100, f"--{name} must be between 0 and 100, got {values[name]}")
-    require(
-        config.global_batch_size is None or config.global_batch_size % config.micro_batch_size == 0,
-        f"--global_batch_size {config.global_batch_size} is not a multiple of --micro_batch_size "
-        f"{config.micro_batch_size}: change one of them",
-    )
     for group, source in (("model", config.model), ("data", config.data)):
         require(
             source.name is None or source.path is None,

@@ -40,8 +40,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a GPU."""
 
-    micro_batch_size: int = 4
-    """Packed rows per forward and backward on one rank."""
+    micro_batch_size: int | None = None
+    """Packed rows per forward and backward on one rank; default: the most, up to 4, that divide a rank's rows of a step."""
 
     global_batch_size: int | None = None
     """Packed rows per optimizer step over all ranks; default: micro_batch_size times the

@@ -58,7 +58,7 @@ def header(
         f"{ledger['tokens']:,} tokens, {100 * ledger['supervised_tokens'] / ledger['tokens']:.0f} % supervised",
         "packing": f"{len(packs):,} rows of {config.data.seq_len} tokens, {filled:.1f} % full",
         "run": f"{steps:,} steps of {job.global_batch_size} rows "
-        f"({config.micro_batch_size} x {world_size} ranks x {job.grad_accum_steps} accumulated), "
+        f"({job.micro_batch_size} x {world_size} ranks x {job.grad_accum_steps} accumulated), "
         f"{steps * job.global_batch_size / len(packs):.1f} epochs",
         "ranks": f"{world_size} on {device_name(job.device)}" + (" each" if world_size > 1 else ""),
         "precision": ", ".join(

@@ -58,6 +58,7 @@ class Job:
     output_dir: Path
     ranks: Ranks
     device: torch.device
+    micro_batch_size: int
     global_batch_size: int
     grad_accum_steps: int
     prepared: dict[str, Any]
@@ -75,7 +76,7 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
     """
     device_type = choose_device(config.device, local_world_size=ranks.local_world_size)
     configure(device_type, local_world_size=ranks.local_world_size)
-    global_batch_size, grad_accum_steps = batch_sizes(config, ranks.world_size)
+    micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, ranks.world_size)
     # One rank of a node downloads and tokenises. The process group, whose collectives time out, comes after.
     prepared = once_per_node(ranks, "prepare", partial(prepare, config, cache_dir))
     device = start(ranks, device_type)
@@ -85,6 +86,7 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
         output_dir=Path(config.output_dir or f"outputs/{reporting.run_name(config)}"),
         ranks=ranks,
         device=device,
+        micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         grad_accum_steps=grad_accum_steps,
         prepared=prepared,
@@ -182,22 +184,26 @@ def _run(job: Job) -> int:
     return 0
 
 
-def batch_sizes(config: TrainConfig, world_size: int) -> tuple[int, int]:
-    """`global_batch_size` and `grad_accum_steps`.
+def batch_sizes(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
+    """`micro_batch_size`, `global_batch_size` and `grad_accum_steps`.
 
     Raises:
         TrainError: the global batch is no whole number of micro-batches on every rank.
     """
-    together = config.micro_batch_size * world_size
+    micro = config.micro_batch_size
+    if micro is None:
+        rows = (config.global_batch_size or 4 * world_size) // world_size
+        micro = max(n for n in (1, 2, 3, 4) if rows % n == 0)
+    together = micro * world_size
     size = config.global_batch_size or together
     if size % together:
         lower, upper = size // together * together, -(-size // together) * together
         nearest = " or ".join(str(n) for n in (lower, upper) if n)
         raise TrainError(
-            f"global_batch_size {size} is not divisible by micro_batch_size {config.micro_batch_size} "
+            f"global_batch_size {size} is not divisible by micro_batch_size {micro} "
             f"x {world_size} ranks = {together}; use {nearest}"
         )
-    return size, size // together
+    return micro, size, size // together
 
 
 def prepare(config: TrainConfig, cache_dir: Path) -> dict[str, Any]:
@@ -327,15 +333,13 @@ def open_batches(
         tokens,
         packs,
         seq_len=config.data.seq_len,
-        micro_batch_size=config.micro_batch_size,
+        micro_batch_size=job.micro_batch_size,
         pad_token_id=tokenizer.pad_token_id,
         seed=config.seed,
         shuffle=training,
         rank=job.ranks.rank,
         world_size=world_size,
-        global_batch_size=job.global_batch_size
-        if training
-        else config.micro_batch_size * world_size,
+        global_batch_size=job.global_batch_size if training else job.micro_batch_size * world_size,
         start_sample=start_sample,
         end_sample=end_sample,
         workers=config.data.workers if training else 0,

@@ -393,10 +393,6 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         (["--schedule.decay_pct=101"], "--schedule.decay_pct must be between 0 and 100"),
         (["--data.max_bad_rows_pct=-1"], "--data.max_bad_rows_pct must be between 0 and 100"),
         (["--parallel.dp_shard=0"], "--parallel.dp_shard must be -1 or at least 1, got 0"),
-        (
-            ["--global_batch_size=12", "--micro_batch_size=8"],
-            "--global_batch_size 12 is not a multiple of --micro_batch",
-        ),
         (["--cache_dir="], "--cache_dir is empty"),
         (["--model.name=a/b", "--model.path=c"], "--model.name and --model.path are both given"),
         (["--data.name=a/b", "--data.path=c"], "--data.name and --data.path are both given"),
