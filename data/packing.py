@@ -14,7 +14,7 @@ import numpy as np
 from data.errors import DataError
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
-_FEISTEL_ROUNDS = 8
+_FEISTEL_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,9 @@ def sample_to_pack(
     while outside.any():
         left, right = values[outside] >> half_bits, values[outside] & low
         for number in range(_FEISTEL_ROUNDS):
-            key = _mix(keys[outside] + np.uint64(number))
-            left, right = right, left ^ (_mix(right ^ key) & low)
+            # right has at most 32 bits, so every round adds to it from a range of its own.
+            key = keys[outside] + np.uint64(number << 32)
+            left, right = right, left ^ (_mix(right + key) & low)
         values[outside] = (left << half_bits) | right
         outside = values >= np.uint64(num_packs)
     return epochs, values.astype(np.int64)

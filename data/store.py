@@ -155,8 +155,8 @@ def open_tokens(folder: str | Path) -> TokenStore:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         offsets = np.load(folder / "offsets.npy")
-        input_ids = np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r")
-        supervised = np.memmap(folder / "supervised.bin", dtype=np.uint8, mode="r")
+        input_ids = np.asarray(np.memmap(folder / "input_ids.bin", np.int32, "r"))
+        supervised = np.asarray(np.memmap(folder / "supervised.bin", np.uint8, "r"))
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{folder}: damaged ({error}); delete it and run again") from error
     if not len(input_ids) == len(supervised) == offsets[-1]:
