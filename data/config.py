@@ -25,7 +25,7 @@ class DataConfig:
     revision: str | None = None
     """Branch, tag or commit of the hub dataset; it is resolved to a commit once and recorded in run.json."""
 
-    seq_len: int = 256
+    seq_len: int = 4096
     """Tokens per packed row."""
 
     packing: Literal["best_fit", "none"] = "best_fit"

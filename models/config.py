@@ -32,7 +32,7 @@ class ModelConfig:
     """Changes to the model's config.json, for example {"num_hidden_layers": 2}; only with random weights."""
 
     attention: Literal["packed", "sdpa"] = "packed"
-    """packed: variable-length kernel on CUDA, one call per document on CPU; sdpa: PyTorch SDPA with a dense mask."""
+    """packed: variable-length kernel on CUDA, document by document on CPU; sdpa: PyTorch SDPA with a dense mask."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Floating-point type of the exported safetensors."""

@@ -41,7 +41,7 @@ class TrainConfig:
     """auto takes CUDA where there is a GPU."""
 
     micro_batch_size: int | None = None
-    """Packed rows per forward and backward on one rank; default: the most, up to 4, that divide a rank's rows of a step."""
+    """Packed rows per forward and backward on one rank; default: as many as make 4,096 tokens and divide a rank's share of a step."""
 
     global_batch_size: int | None = None
     """Packed rows per optimizer step over all ranks; default: micro_batch_size times the

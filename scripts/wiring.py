@@ -49,6 +49,10 @@ from trainer.optimizer import build_optimizer, learning_rate_at
 from trainer.parallel import DTYPES, build_mesh, parallelise
 
 
+# Enough to keep an H100 busy, few enough for an 8B model to fit with activation checkpointing.
+MICRO_BATCH_TOKENS = 4096
+
+
 @dataclass(frozen=True)
 class Job:
     """What the pieces of one run share."""
@@ -192,8 +196,9 @@ def batch_sizes(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
     """
     micro = config.micro_batch_size
     if micro is None:
-        rows = (config.global_batch_size or 4 * world_size) // world_size
-        micro = max(n for n in (1, 2, 3, 4) if rows % n == 0)
+        most = max(1, MICRO_BATCH_TOKENS // config.data.seq_len)
+        rows = (config.global_batch_size or most * world_size) // world_size
+        micro = max(n for n in range(1, most + 1) if rows % n == 0)
     together = micro * world_size
     size = config.global_batch_size or together
     if size % together:
