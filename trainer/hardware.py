@@ -39,10 +39,12 @@ def choose_device(
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and gpus == 0):
         return "cpu"
+    if gpus == 0:
+        raise TrainError("--device cuda, but there is no usable GPU here; use --device cpu")
     if gpus < local_world_size:
         raise TrainError(
             f"{local_world_size} ranks on this node but {gpus} usable GPUs; "
-            f"start torchrun with --nproc_per_node={max(gpus, 1)}, or use --device cpu"
+            f"start torchrun with --nproc_per_node={gpus}, or use --device cpu"
         )
     return "cuda"
 

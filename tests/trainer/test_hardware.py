@@ -1,0 +1,33 @@
+"""Choices that follow from the hardware, as far as a machine without a GPU can show them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainer.errors import TrainError
+from trainer.hardware import choose_device, peak_flops, peak_memory_gib
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@needs_no_gpu
+def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
+    assert choose_device("auto", local_world_size=2) == "cpu"
+
+
+@needs_no_gpu
+def test_asking_for_a_gpu_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(TrainError, match="no usable GPU here; use --device cpu"):
+        choose_device("cuda", local_world_size=1)
+
+
+def test_the_peak_of_a_cpu_is_measured() -> None:
+    peak, origin = peak_flops(torch.device("cpu"), torch.float32)
+    assert peak is not None
+    assert 1e8 < peak < 1e14
+    assert "measured" in origin
+
+
+def test_peak_memory_of_the_process_is_in_gib() -> None:
+    assert 0.05 < peak_memory_gib(torch.device("cpu")) < 64
