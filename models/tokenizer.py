@@ -23,6 +23,9 @@ def load_tokenizer(
     Raises:
         ModelError: there is no usable tokenizer with a chat template.
     """
+    # From a folder without a vocabulary transformers makes a tokenizer that knows no word.
+    if not any((folder / vocabulary).is_file() for vocabulary in ("tokenizer.json", "vocab.json")):
+        raise ModelError(f"{folder} holds no tokenizer.json; name another with --model.tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, cache_dir=cache_dir / "hub", trust_remote_code=False, local_files_only=True

@@ -35,10 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         ranks = meet()
         return run(config, cache_dir, ranks)
     except (CommandLineError, DataError, ModelError, TrainError) as error:
-        from trainer.distributed import claim_report, meet
+        from trainer.distributed import claim_report, leave, meet
 
-        if claim_report(ranks or meet()):
+        ranks = ranks or meet()
+        if claim_report(ranks):
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        leave(ranks)
         return 2 if isinstance(error, CommandLineError) else 1
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -150,3 +151,18 @@ def claim_report(ranks: Ranks) -> bool:
         return ranks.store.add(f"report/{ranks.node}", 1) == 1
     except RuntimeError:  # the store went away with its host; better twice than never
         return True
+
+
+def leave(ranks: Ranks, *, seconds: float = 5.0) -> None:
+    """End after an error: the first rank waits for the others, since it may be the host of their store.
+
+    One that never learns of the error is given up after `seconds`; the launcher ends it.
+    """
+    if ranks.store is None:
+        return
+    deadline = time.monotonic() + seconds
+    with suppress(RuntimeError):  # the host is gone already
+        left = ranks.store.add("left", 1)
+        while ranks.is_first and left < ranks.world_size and time.monotonic() < deadline:
+            time.sleep(0.02)
+            left = ranks.store.add("left", 0)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,8 @@ def start_and_signal(
         (os.killpg if whole_group else os.kill)(process.pid, number)
         stdout, stderr = process.communicate(timeout=timeout)
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     return CommandResult(process.returncode, stdout, stderr, time.monotonic() - start)
 
