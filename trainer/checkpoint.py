@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -51,7 +53,7 @@ class Checkpointer:
         self._is_first = dist.get_rank() == 0
         # Its own group: a background save must not interleave its collectives with those of training.
         self._group: Any = dist.new_group(backend="gloo") if config.asynchronous else None
-        self._writing: Future[Any] | None = None
+        self._written: threading.Event | None = None
         self._failure: str | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -92,9 +94,17 @@ class Checkpointer:
                 tensors, checkpoint_id=staging / "tensors", process_group=self._group
             )
             assert isinstance(future, Future)
-            self._writing = future
+            # A future wakes those who wait for it before it runs its callbacks, so the callback says when it is done.
+            written = self._written = threading.Event()
+
+            def finish(done: Future[Any]) -> None:
+                try:
+                    self._finish(staging, final, done.exception())
+                finally:
+                    written.set()
+
             # Runs in the writer's thread as soon as all ranks have written: durable without waiting for the loop.
-            future.add_done_callback(lambda done: self._finish(staging, final, done.exception()))
+            future.add_done_callback(finish)
             return
         try:
             dcp.save(tensors, checkpoint_id=staging / "tensors")
@@ -110,10 +120,9 @@ class Checkpointer:
         Raises:
             TrainError: on every rank, when that save failed.
         """
-        if self._writing is not None:
-            # The future's own error is kept by _finish and reported below, together with the other ranks'.
-            self._writing.exception()
-            self._writing = None
+        if self._written is not None:
+            self._written.wait()
+            self._written = None
             self._raise_failure()
 
     def _finish(self, staging: Path, final: Path, failure: BaseException | None) -> None:
@@ -144,21 +153,28 @@ class Checkpointer:
         """
         found: list[str | None] = [None, None]  # path, error
         if self._is_first:
-            damaged = []
-            for candidate in reversed(complete_checkpoints(self.folder)):
+            problems: dict[Path, str] = {}
+            for candidate in reversed(_checkpoints(self.folder)):
                 problem = damage(candidate)
                 if problem is None:
                     found[0] = str(candidate)
                     break
-                damaged.append(problem)
-                print(
-                    f"checkpoint {candidate} is damaged ({problem}); falling back to the one before",
-                    flush=True,
-                )
-                candidate.rename(candidate.with_name(f"{candidate.name}.damaged"))
-            if damaged and found[0] is None:
+                problems[candidate] = problem
+            if found[0] is not None:
+                try:
+                    for candidate, problem in problems.items():
+                        print(
+                            f"checkpoint {candidate} is damaged ({problem}); falling back to the one before",
+                            flush=True,
+                        )
+                        _set_aside(candidate)
+                except OSError as reason:
+                    found[1] = f"a damaged checkpoint cannot be renamed ({reason})"
+            elif (
+                problems
+            ):  # they keep their names: the next attempt must not take this for a new run
                 found[1] = (
-                    f"every checkpoint in {self.folder} is damaged (newest: {damaged[0]}); "
+                    f"every checkpoint in {self.folder} is damaged (newest: {next(iter(problems.values()))}); "
                     "restore one, or start anew with another --output_dir"
                 )
         dist.broadcast_object_list(found, src=0)
@@ -179,9 +195,8 @@ class Checkpointer:
         try:
             dcp.load(tensors, checkpoint_id=checkpoint / "tensors")
         except (CheckpointException, OSError, RuntimeError, ValueError) as reason:
-            first_line = str(reason).strip().split("\n")[0]
             raise TrainError(
-                f"{checkpoint} does not fit this model and optimizer ({first_line})"
+                f"{checkpoint} does not fit this model and optimizer ({_first_line(reason)})"
             ) from None
         set_state_dict(
             self._model,
@@ -197,9 +212,19 @@ class Checkpointer:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were finished, oldest first."""
-    return sorted(
-        path for path in folder.glob("step-*") if path.suffix == "" and (path / MANIFEST).is_file()
-    )
+    return [path for path in _checkpoints(folder) if (path / MANIFEST).is_file()]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Everything that bears a checkpoint's name, oldest first; what was set aside does not."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix == "")
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint, so that its step can be saved again and nothing is lost."""
+    names = itertools.chain([".damaged"], (f".damaged-{n}" for n in itertools.count(2)))
+    free = (checkpoint.with_name(checkpoint.name + name) for name in names)
+    checkpoint.rename(next(path for path in free if not path.exists()))
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -214,10 +239,13 @@ def damage(checkpoint: Path) -> str | None:
         return f"files missing or left over: {', '.join(sorted(present ^ set(expected)))}"
     for name, facts in expected.items():
         path = checkpoint / name
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, {facts['bytes']} were written"
-        if _sha256(path) != facts["sha256"]:
-            return f"{name} does not have the SHA-256 it was written with"
+        try:
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, {facts['bytes']} were written"
+            if _sha256(path) != facts["sha256"]:
+                return f"{name} does not have the SHA-256 it was written with"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
     return None
 
 
@@ -258,7 +286,12 @@ def _sha256(path: Path) -> str:
 
 
 def _cannot_save(final: Path, reason: BaseException) -> str:
-    first_line = str(reason).strip().split("\n")[0]
-    return (
-        f"checkpoint {final} could not be written ({first_line}); earlier checkpoints are untouched"
-    )
+    return f"checkpoint {final} could not be written ({_first_line(reason)}); earlier checkpoints are untouched"
+
+
+def _first_line(reason: BaseException) -> str:
+    """What went wrong; torch's own exception only counts the ranks and hides the reason in a traceback."""
+    if isinstance(reason, CheckpointException) and reason.failures:
+        rank, (cause, _trace) = next(iter(sorted(reason.failures.items())))
+        return f"rank {rank}: {_first_line(cause)}"
+    return (str(reason).strip() or type(reason).__name__).split("\n")[0]
