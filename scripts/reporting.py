@@ -19,6 +19,7 @@ from models.causal_lm import PackedCausalLM
 from models.weights import LoadReport
 from scripts.command_line import to_yaml
 from scripts.config import TrainConfig
+from scripts.ledger import anything_left_out, complete_ledger, ledger_table
 from trainer.loop import Progress
 from trainer.parallel import precision_table
 
@@ -48,15 +49,16 @@ def header(
     """A calm table of what is about to run."""
     config, world_size = job.config, job.ranks.world_size
     parameters = sum(p.numel() for p in model.parameters())
-    ledger = tokens.meta["ledger"]
-    filled = 100 * int(tokens.lengths.sum()) / (len(packs) * config.data.seq_len)
+    seq_len = config.data.seq_len
+    ledger = complete_ledger(tokens, packs, seq_len=seq_len)
+    filled = 100 * ledger["tokens"] / (len(packs) * seq_len)
     precision = precision_table(config.parallel, export_dtype=config.model.dtype)
     rows = {
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
         f"{human(parameters)} parameters, {weights or 'random weights'}",
         "data": f"{tokens.meta['source']}: {ledger['rows_read']:,} rows, {ledger['examples']:,} used, "
         f"{ledger['tokens']:,} tokens, {100 * ledger['supervised_tokens'] / ledger['tokens']:.0f} % supervised",
-        "packing": f"{len(packs):,} rows of {config.data.seq_len} tokens, {filled:.1f} % full",
+        "packing": f"{len(packs):,} rows of {seq_len} tokens, {filled:.1f} % full",
         "run": f"{steps:,} steps of {job.global_batch_size} rows "
         f"({job.micro_batch_size} x {world_size} ranks x {job.grad_accum_steps} accumulated), "
         f"{steps * job.global_batch_size / len(packs):.1f} epochs",
@@ -66,19 +68,11 @@ def header(
         ),
         "output": str(job.output_dir),
     }
-    left_out = {reason: entry["rows"] for reason, entry in ledger["excluded"].items()} | {
-        f"longer than {config.data.seq_len} tokens": ledger["overlong_dropped"],
-        "no supervised token": ledger["without_labels"],
-    }
-    if any(left_out.values()):
-        rows["left out"] = ", ".join(f"{n:,} rows: {why}" for why, n in left_out.items() if n)
-    if ledger["overlong_truncated"]:
-        rows["truncated"] = (
-            f"{ledger['overlong_truncated']:,} rows, {ledger['tokens_truncated']:,} tokens"
-        )
     if progress.step:
         rows["resume"] = f"after step {progress.step} of {steps}"
-    return table(rows)
+    if not anything_left_out(ledger):
+        return table(rows)
+    return f"{table(rows)}\n\n{ledger_table(tokens.meta['source'], ledger, seq_len=seq_len)}\n"
 
 
 def table(rows: dict[str, str]) -> str:
@@ -140,8 +134,7 @@ def write_run_files(job: Job, mesh: DeviceMesh, tokens: TokenStore, packs: Packs
         "data": {
             "name": tokens.meta["source"],
             "commit": job.prepared["data_commit"],
-            "ledger": tokens.meta["ledger"],
-            "packed_rows": len(packs),
+            "ledger": complete_ledger(tokens, packs, seq_len=job.config.data.seq_len),
         },
         "world_size": job.ranks.world_size,
         "device": device_name(job.device),
