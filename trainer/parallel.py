@@ -46,7 +46,7 @@ def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> 
     """
     replicate, shard = config.dp_replicate, config.dp_shard
     if shard == -1:
-        shard = world_size // replicate
+        shard = world_size // max(replicate, 1)
     if replicate < 1 or shard < 1 or replicate * shard != world_size:
         raise TrainError(
             f"parallel.dp_replicate {config.dp_replicate} x parallel.dp_shard {config.dp_shard} does not make "

@@ -1,0 +1,225 @@
+"""Which modules become groups, and that sharding changes no number."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp.wrap import (
+    CustomPolicy,
+    ModuleWrapPolicy,
+    lambda_auto_wrap_policy,
+    transformer_auto_wrap_policy,
+)
+
+from models.build import decoder_layer_classes
+from models.causal_lm import PackedCausalLM
+from tests.support.models import full, packed_batch, random_documents, tiny_model
+from tests.support.ranks import run_ranks
+from trainer.config import ParallelConfig
+from trainer.errors import TrainError
+from trainer.loss import causal_lm_loss
+from trainer.optimizer import clip_gradients
+from trainer.parallel import (
+    build_mesh,
+    parallelise,
+    select_groups,
+    set_gradient_sync,
+    wrap_policy,
+)
+
+
+def _names(model: PackedCausalLM, policy: Any) -> list[str]:
+    """Names of the groups below the root, as `select_groups` orders them."""
+    name_of = {module: name for name, module in model.named_modules()}
+    return [
+        name_of[group]
+        for group in select_groups(model, policy, root_parameters=[model.head.weight])
+    ]
+
+
+def _policy(model: PackedCausalLM, **config: Any) -> Any:
+    return wrap_policy(ParallelConfig(**config), layer_classes=decoder_layer_classes(model))
+
+
+LAYERS = ["hf.model.layers.0", "hf.model.layers.1"]
+
+
+def by_name_policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """A user's own: every MLP."""
+    return recurse or type(module).__name__.endswith("MLP")
+
+
+def test_transformer_policy_takes_the_layers_and_an_untied_embedding() -> None:
+    tied, untied = tiny_model(tied=True), tiny_model(tied=False)
+    assert _names(tied, _policy(tied)) == LAYERS
+    assert _names(untied, _policy(untied)) == ["hf.model.embed_tokens", *LAYERS]
+
+
+def test_size_policy_counts_what_children_have_not_taken() -> None:
+    tied, untied = tiny_model(tied=True), tiny_model(tied=False)
+    mlp = sum(p.numel() for p in tied.hf.base_model.layers[0].mlp.parameters())
+    # Attention is smaller than the MLP, and so is a layer without it.
+    names = _names(tied, _policy(tied, wrap_policy="size", min_wrap_params=mlp))
+    assert names == [f"{layer}.mlp" for layer in LAYERS]
+    # Children come before parents; the backbone is left to the root, which holds the tied embedding.
+    names = _names(tied, _policy(tied, wrap_policy="size", min_wrap_params=1500))
+    for layer in LAYERS:
+        children = [i for i, name in enumerate(names) if name.startswith(f"{layer}.")]
+        assert children and (layer not in names or max(children) < names.index(layer))
+    assert "hf.model" not in names and "hf.model.embed_tokens" not in names
+    names = _names(untied, _policy(untied, wrap_policy="size", min_wrap_params=97 * 32))
+    assert "hf.model.embed_tokens" in names and "hf.lm_head" not in names
+    assert _names(tied, _policy(tied, wrap_policy="size", min_wrap_params=10**9)) == []
+
+
+def test_policies_of_torch_are_taken_as_they_are() -> None:
+    model = tiny_model()
+    (layer,) = decoder_layer_classes(model)
+    mlp = type(model.hf.base_model.layers[0].mlp)
+    for policy in (
+        ModuleWrapPolicy({layer}),
+        CustomPolicy(lambda module: isinstance(module, layer)),
+        partial(lambda_auto_wrap_policy, lambda_fn=lambda module: isinstance(module, layer)),
+        partial(transformer_auto_wrap_policy, transformer_layer_cls={layer}),
+    ):
+        assert _names(model, policy) == LAYERS, policy
+    both = [f"hf.model.layers.{i}{part}" for i in (0, 1) for part in (".mlp", "")]
+    assert _names(model, ModuleWrapPolicy({layer, mlp})) == both
+    name = f"callable:{__name__}.by_name_policy"
+    assert _names(model, _policy(model, wrap_policy=name)) == both[::2]
+
+
+def test_no_policy_can_take_the_tied_embedding_from_the_root() -> None:
+    model = tiny_model(tied=True)
+    everything = _names(model, lambda module, recurse, nonwrapped_numel: True)
+    held = {"hf", "hf.model", "hf.model.embed_tokens", "hf.lm_head", ""}
+    assert not held & set(everything)
+    assert "hf.model.layers.1.mlp.up_proj" in everything
+    assert "hf.model.rotary_emb" not in everything  # nothing in it to shard
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("layers", "'layers' is unknown; use transformer, size or callable:"),
+        ("callable:nowhere.policy", "cannot be imported .*No module named 'nowhere'"),
+        ("callable:trainer.parallel.nothing", "cannot be imported .*nothing"),
+        ("callable:policy", "give package.module.function"),
+    ],
+)
+def test_a_policy_that_is_not_there_is_an_error(name: str, line: str) -> None:
+    with pytest.raises(TrainError, match=line) as error:
+        wrap_policy(ParallelConfig(wrap_policy=name), layer_classes=[])
+    assert "parallel.wrap_policy" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard"), [(1, 3), (3, -1), (2, 1), (0, -1), (8, -1), (1, 0), (-1, -1), (1, -2)]
+)
+def test_a_mesh_that_is_not_the_world_is_an_error(replicate: int, shard: int) -> None:
+    config = ParallelConfig(dp_replicate=replicate, dp_shard=shard)
+    with pytest.raises(
+        TrainError, match=rf"dp_replicate {replicate} x .*dp_shard {shard} .* 4 ranks"
+    ):
+        build_mesh(config, world_size=4, device_type="cpu")
+
+
+def _rows() -> list[list[Tensor]]:
+    """Eight packed rows with very different numbers of labels: from none to all."""
+    lengths = [[24], [1], [2, 1], [12, 12], [1, 1, 1], [5], [3, 20], [2]]
+    return [random_documents(row, seed=seed) for seed, row in enumerate(lengths)]
+
+
+def _gradients(grad_accum_steps: int, config: ParallelConfig, tied: bool) -> dict[str, Any]:
+    """Loss per token, gradient norm and whole gradients of one step over all of `_rows`."""
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    model = tiny_model(tied=tied)
+    groups = parallelise(
+        model,
+        config,
+        build_mesh(config, world_size=world_size, device_type="cpu"),
+        layer_classes=decoder_layer_classes(model),
+        root_parameters=[model.head.weight],
+    )
+    assert groups[-1] is model and all(isinstance(group, FSDPModule) for group in groups)
+    rows = _rows()
+    per_micro_batch = len(rows) // world_size // grad_accum_steps
+    batches = [
+        packed_batch(rows[start : start + per_micro_batch], 24)
+        for start in range(rank * per_micro_batch, len(rows), world_size * per_micro_batch)
+    ]
+    assert len(batches) == grad_accum_steps
+    valid = sum(len(document) - 1 for row in rows for document in row)
+    total = torch.zeros(())
+    for index, batch in enumerate(batches):
+        set_gradient_sync(model, last=index == grad_accum_steps - 1)
+        loss_sum, _ = causal_lm_loss(model, batch)
+        (loss_sum * (world_size / valid)).backward()
+        total += loss_sum.detach()
+    dist.all_reduce(total)
+    norm = clip_gradients(model.parameters(), 0.0)
+    gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+    return {"loss": float(total) / valid, "norm": norm, "gradients": gradients}
+
+
+def _many(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    return [_gradients(*case) for case in cases]
+
+
+FP32 = {"param_dtype": "float32"}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradients_do_not_depend_on_the_ranks(tied: bool) -> None:
+    plain = tiny_model(tied=tied)
+    batch = packed_batch(_rows(), 24)
+    loss_sum, _ = causal_lm_loss(plain, batch)
+    loss = loss_sum / len(batch["label_positions"])
+    loss.backward()
+    norm = float(nn.utils.get_total_norm([p.grad for p in plain.parameters()]))
+
+    fp32 = ParallelConfig(**FP32)
+    more = ParallelConfig(
+        **FP32, wrap_policy="size", min_wrap_params=500, activation_checkpointing="full"
+    )
+    kept = ParallelConfig(**FP32, reshard_after_forward=False)
+    hybrid = ParallelConfig(**FP32, dp_replicate=2)
+    replicated = ParallelConfig(**FP32, dp_replicate=2, dp_shard=1)
+    cases = {
+        1: [(1, fp32, tied), (4, fp32, tied)],
+        2: [
+            (1, fp32, tied),
+            (4, fp32, tied),
+            (2, more, tied),
+            (2, kept, tied),
+            (1, replicated, tied),
+        ],
+        4: [(1, fp32, tied), (1, hybrid, tied), (2, hybrid, tied)],
+    }
+    for world_size, wanted in cases.items():
+        for results in run_ranks(_many, world_size, wanted):
+            for case, result in zip(wanted, results, strict=True):
+                assert result["loss"] == pytest.approx(loss.item(), rel=5e-6), case
+                assert result["norm"] == pytest.approx(norm, rel=2e-5), case
+                assert set(result["gradients"]) == {name for name, _ in plain.named_parameters()}
+                for name, parameter in plain.named_parameters():
+                    error = (result["gradients"][name] - parameter.grad).norm()
+                    assert error < 5e-6 * norm, (case, name)
+
+
+@pytest.mark.distributed
+def test_bf16_parameters_compute_close_to_fp32_and_keep_fp32_masters() -> None:
+    bf16 = (2, ParallelConfig(), True)
+    fp32 = (2, ParallelConfig(**FP32), True)
+    close, exact = run_ranks(_many, 2, [bf16, fp32])[0]
+    assert close["loss"] == pytest.approx(exact["loss"], rel=1e-2)
+    assert close["loss"] != exact["loss"]
+    assert {g.dtype for g in close["gradients"].values()} == {torch.float32}
+    assert close["norm"] == pytest.approx(exact["norm"], rel=3e-2)
