@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,11 @@ class MetricsWriter:
         """Write one row; `row["step"]` says which."""
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
+        # JSON knows no NaN and no infinity: what is not finite is null.
+        known = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self._file.write(json.dumps(known) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in row.items():

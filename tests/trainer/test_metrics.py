@@ -16,7 +16,7 @@ QUIET = LogConfig(tensorboard=False, progress=False)
 
 
 def _row(step: int, **values: Any) -> dict[str, Any]:
-    return {"step": step, "loss": 1.5, "tokens_per_second": 10.0, **values}
+    return {"step": step, "loss": 1.5, "tokens_per_second": 10.0, "step_seconds": 2.0, **values}
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:
@@ -29,6 +29,12 @@ def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path: Path) -> None:
             writer.write(_row(step, mfu_pct=None))
             writer.advance()
             assert _read(tmp_path / "a/b")[-1] == _row(step, mfu_pct=None)
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, LogConfig(), is_first=True, steps=2, step=0) as writer:
+        writer.write(_row(1, loss=float("nan"), grad_norm=float("inf")))
+    assert _read(tmp_path) == [_row(1, loss=None, grad_norm=None)]
 
 
 def test_other_ranks_leave_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +81,7 @@ def test_tensorboard_has_the_numbers_in_groups(tmp_path: Path) -> None:
     assert set(events.Tags()["scalars"]) == {
         "train/loss",
         "speed/tokens_per_second",
+        "speed/step_seconds",
         "evaluation/eval_loss",
     }
     (event,) = events.Scalars("evaluation/eval_loss")
@@ -91,3 +98,13 @@ def test_the_progress_bar_shows_loss_and_speed(
         writer.write(_row(4))
     shown = capsys.readouterr()
     assert "1.5" in shown.err + shown.out and "4/7" in shown.err + shown.out
+
+
+def test_without_a_terminal_a_line_says_how_long_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LogConfig(tensorboard=False)
+    with MetricsWriter(tmp_path, config, is_first=True, steps=7, step=3) as writer:
+        writer.advance()
+        writer.write(_row(4))
+    assert capsys.readouterr() == ("step 4/7  loss 1.5000, 10 tokens/s, 00:06 left\n", "")
