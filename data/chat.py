@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -46,10 +46,11 @@ class Encoded:
     """int32 [length]: what apply_chat_template gives for the whole conversation."""
 
     supervised: np.ndarray
-    """bool [length]: the tokens of assistant turns, their end token included."""
+    """bool [length]: the tokens that are trained on. Of a conversation those of the assistant turns
+    that are, their end token included."""
 
     stripped_reasoning_turns: int
-    """Assistant turns whose reasoning the template leaves out."""
+    """Assistant turns that are trained on, but whose reasoning the template leaves out."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class _Rendered:
     row: int
     text: str
     turns: tuple[_Turn, ...]
+    """Those that are trained on."""
+
     stripped_reasoning_turns: int
 
 
@@ -84,14 +87,18 @@ class _Unusable(Exception):
 
 
 def encode_conversations(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_on: Literal["all", "last"] = "all",
 ) -> Iterator[Encoded | Excluded]:
     """One result for every row, in order: its ids and marks, or the reason it has none.
 
-    A row is {"messages": [{"role", "content", ...}, ...]} and may have "tools". Raises DataError if
-    the tokenizer has no chat template, or one whose assistant turns cannot be told apart.
+    A row is {"messages": [{"role", "content", ...}, ...]} and may have "tools". Of its assistant
+    turns all or the last are trained on, but for those with "train": false. Raises DataError if the
+    tokenizer has no chat template, or one whose assistant turns cannot be told apart.
     """
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, train_on=train_on)
     # The tokenizer leaves the interpreter lock, so the next rows are rendered meanwhile.
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = None
@@ -117,8 +124,11 @@ def _batch(rows: Sequence[dict[str, Any]], first: int) -> list[dict[str, Any]]:
 class ChatTemplate:
     """A tokenizer's chat template, and what a probe of it has shown."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, train_on: Literal["all", "last"] = "all"
+    ) -> None:
         self._tokenizer = tokenizer
+        self._train_on = train_on
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError("the tokenizer has no tokenizer.json; masks need its character offsets")
@@ -200,6 +210,10 @@ class ChatTemplate:
 
     def _render(self, index: int, row: dict[str, Any]) -> _Rendered:
         messages, tools = _clean_messages(row.get("messages")), _clean_tools(row.get("tools"))
+        # Taken out of the messages: whether a turn is trained on must not reach the template.
+        flags = [message.pop("train", True) for message in messages]
+        if not all(isinstance(flag, bool) for flag in flags):
+            raise _Unusable("train is not true or false")
         if any(self._control.search(text) for text in _strings([messages, tools])):
             raise _Unusable("control token in text")
         try:
@@ -210,9 +224,10 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it raises whatever it likes
             first_line = (str(error) or type(error).__name__).splitlines()[0][:80]
             raise _Unusable(f"the chat template refuses it: {first_line}") from error
-        answers = [message for message in messages if message["role"] == "assistant"]
-        stripped = 0
-        for message, turn in zip(answers, spans, strict=True):
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        trained, stripped = [], 0
+        for place, turn in zip(answers, spans, strict=True):
+            message = messages[place]
             said = text[turn.starts[-1] : turn.end]
             reasoning, answer = _split_reasoning(message)
             names = [_tool_name(call) for call in message.get("tool_calls") or ()]
@@ -220,14 +235,16 @@ class ChatTemplate:
                 raise _Unusable("an assistant turn has reasoning but no answer")
             if answer not in said or not all(name in said for name in names):
                 raise _Unusable("the chat template changes the text of an assistant turn")
-            stripped += reasoning not in said
+            if flags[place] and (self._train_on == "all" or place == answers[-1]):
+                trained.append(turn)
+                stripped += reasoning not in said
         if not all(
             message["content"].strip() in text
             for message in messages
             if message["role"] in ("system", "user")
         ):
             raise _Unusable("the chat template changes the text of a message")
-        return _Rendered(index, text, spans, stripped)
+        return _Rendered(index, text, tuple(trained), stripped)
 
     def _find_turns(self, messages: list[dict], tools: Any, text: str) -> tuple[_Turn, ...]:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -25,6 +25,9 @@ class DataConfig:
     revision: str | None = None
     """Branch, tag or commit of the hub dataset; it is resolved to a commit once and recorded in run.json."""
 
+    train_on: Literal["all", "last"] = "all"
+    """Assistant turns that are trained on: all, or the last of each conversation; never one whose message has "train": false."""
+
     seq_len: int = 4096
     """Tokens per packed row."""
 

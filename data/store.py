@@ -27,7 +27,7 @@ from data.sources import Source, explain_os_error
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _EXAMPLES_SHOWN = 5  # row numbers kept for each reason
 
 
@@ -179,6 +179,7 @@ def tokens_key(
         "tokenizer": _hash(
             (backend.to_str() if backend else "") + _json(tokenizer.special_tokens_map)
         ),
+        "train_on": config.train_on,
         "seq_len": config.seq_len,
         "overlong": config.overlong,
         "transformers": transformers.__version__,
@@ -196,7 +197,7 @@ def _write(
         open(folder / "input_ids.bin", "wb") as ids_file,
         open(folder / "supervised.bin", "wb") as supervised_file,
     ):
-        results = encode_conversations(rows, tokenizer)
+        results = encode_conversations(rows, tokenizer, train_on=config.train_on)
         # disable=None: no bar where the output is not a terminal.
         for result in tqdm(results, "tokenise", len(rows), unit="row", disable=None):
             ledger.rows_read += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from datasets import Dataset
@@ -39,14 +39,22 @@ def qwen3(qwen3_tokenizer_dir: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(qwen3_tokenizer_dir)
 
 
-def encode(tokenizer: Any, messages: Any, **row: Any) -> Encoded | Excluded:
-    (result,) = encode_conversations([{"messages": messages, **row}], tokenizer)
+def encode(
+    tokenizer: Any, messages: Any, train_on: Literal["all", "last"] = "all", **row: Any
+) -> Encoded | Excluded:
+    rows = [{"messages": messages, **row}]
+    (result,) = encode_conversations(rows, tokenizer, train_on=train_on)
     return result
 
 
-def spans(tokenizer: Any, messages: list[dict[str, Any]], **row: Any) -> list[str]:
+def spans(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    train_on: Literal["all", "last"] = "all",
+    **row: Any,
+) -> list[str]:
     """The supervised stretches as text; the ids are held against apply_chat_template."""
-    result = encode(tokenizer, messages, **row)
+    result = encode(tokenizer, messages, train_on, **row)
     assert isinstance(result, Encoded), result
     ids = result.input_ids.tolist()
     expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **row)
@@ -137,6 +145,22 @@ def test_qwen3_two_assistant_turns_in_a_row(qwen3) -> None:
         "a<|im_end|>",
         "<think>\n\n</think>\n\nb<|im_end|>",
     ]
+
+
+def test_qwen3_turns_that_are_not_trained_on_change_no_token(qwen3) -> None:
+    def conversation(**first: Any) -> list[dict[str, Any]]:
+        return [user("a"), assistant("one", **first), user("b"), assistant("two")]
+
+    last = "<think>\n\n</think>\n\ntwo<|im_end|>"
+    assert spans(qwen3, conversation(train=True)) == ["one<|im_end|>", last]
+    assert spans(qwen3, conversation(train=False)) == [last]
+    assert spans(qwen3, conversation(), "last") == [last]
+    silent = [user("a"), assistant("one"), user("b"), assistant("two", train=False)]
+    assert spans(qwen3, silent) == ["one<|im_end|>"]
+    assert spans(qwen3, silent, "last") == []
+    # Only turns that are trained on can miss their reasoning.
+    stripped = encode(qwen3, conversation(train=False, reasoning_content="hm"))
+    assert isinstance(stripped, Encoded) and stripped.stripped_reasoning_turns == 0
 
 
 def test_qwen3_reasoning_without_an_answer_is_excluded(qwen3) -> None:
@@ -288,6 +312,8 @@ def test_padding_and_truncation_a_caller_has_set_do_not_reach_the_ids(small) -> 
         ([user("a"), {"role": ["x"], "content": "b"}], "unknown role"),
         ([user("a"), {"content": "b"}], "unknown role"),
         ([user("a")], "no assistant turn"),
+        ([user("a"), assistant("b", train="no")], "train is not true or false"),
+        ([user("a"), assistant("b", train=0)], "train is not true or false"),
     ],
 )
 def test_a_bad_row_is_excluded_with_its_reason(small, messages: Any, expected: str) -> None:

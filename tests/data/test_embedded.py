@@ -44,7 +44,7 @@ def solve(question: str, previous: str) -> str:
         return " ".join(sorted(map(str, numbers)))
     if question.startswith(("Reverse", "Write")):
         return question.split(": ")[1][::-1]
-    if question.startswith("Convert") or question.startswith("How"):
+    if question.startswith(("Convert", "How")):
         units = [word for word in words if word in {u for pair in FACTORS for u in pair}]
         return f"{numbers[0] * FACTORS[units[0], units[1]]} {units[1]}"
     return str(numbers[0] - numbers[1] if " - " in question else sum(numbers))
@@ -58,7 +58,7 @@ def arguments(row: dict) -> tuple:
         return ("reverse", question.split(": ")[1])
     if question.startswith(("Sort", "Put")):
         return ("sort", *sorted(numbers))
-    if question.startswith("Convert") or question.startswith("How"):
+    if question.startswith(("Convert", "How")):
         return ("convert", *numbers, question.split(numbers[0])[1].split()[0])
     return ("subtract", *numbers) if " - " in question else ("add", *sorted(numbers))
 

@@ -91,6 +91,17 @@ def test_the_ledger_accounts_for_every_row_and_token(tokenizer, cache_dir, overl
     assert store.lengths.max() <= config.seq_len
 
 
+def test_only_the_last_turn_is_trained_on_where_asked(tokenizer, cache_dir: Path) -> None:
+    silent = _row("never")
+    silent["messages"][1]["train"] = False
+    rows = [{"messages": _row("one")["messages"] + _row("two")["messages"]}, silent]
+    config = replace(CONFIG, train_on="last")
+    folder = prepare_tokens(_source(rows), tokenizer, config, cache_dir=cache_dir)
+    (ids, supervised), ledger = open_tokens(folder).example(0), _ledger(folder)
+    assert tokenizer.decode(ids[supervised].tolist()) == "two<|im_end|>"
+    assert (ledger.examples, ledger.without_labels) == (1, 1)
+
+
 def test_overlong_can_be_an_error(tokenizer, cache_dir: Path) -> None:
     config = replace(CONFIG, overlong="error")
     with pytest.raises(DataError, match=r"row 3 has \d+ tokens, more than data.seq_len=64"):
@@ -148,6 +159,7 @@ def test_whatever_changes_the_bytes_changes_the_folder(tokenizer, cache_dir: Pat
             (_source(MIXED), other_tokens, CONFIG),
             (_source(MIXED), tokenizer, replace(CONFIG, seq_len=63)),
             (_source(MIXED), tokenizer, replace(CONFIG, overlong="truncate")),
+            (_source(MIXED), tokenizer, replace(CONFIG, train_on="last")),
         ]
     ]
     assert len(set(folders)) == len(folders)
