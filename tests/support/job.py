@@ -143,7 +143,8 @@ def start_and_signal(
             if time.monotonic() - start > timeout:
                 raise TimeoutError(f"{args}: the moment for {number.name} did not come")
             time.sleep(0.02)
-        (os.killpg if whole_group else os.kill)(process.pid, number)
+        if process.poll() is None:
+            (os.killpg if whole_group else os.kill)(process.pid, number)
         stdout, stderr = process.communicate(timeout=timeout)
     finally:
         with suppress(ProcessLookupError):

@@ -1,0 +1,270 @@
+"""A run that was interrupted ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.command import CommandResult, clean_environment
+from tests.support.job import (
+    EXACT,
+    checkpoint_steps,
+    losses,
+    read_rows,
+    start_and_signal,
+    train,
+)
+from tests.support.tiny import write_chat, write_model
+
+pytestmark = pytest.mark.distributed
+
+_STEPS, _EVERY = 6, 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command, and the finished run of it in `folder`/whole: 6 steps, saved after 3 and 6."""
+
+    folder: Path
+    args: list[str]
+
+    @property
+    def whole(self) -> Path:
+        return self.folder / "whole"
+
+    def run(self, output_dir: Path, *more: str, world_size: int = 2) -> CommandResult:
+        return train(
+            [*self.args, f"--micro_batch_size={4 // world_size}", *more],
+            world_size,
+            cache_dir=self.folder / "cache",
+            output_dir=output_dir,
+        )
+
+    def copy(self, to: Path) -> Path:
+        shutil.copytree(self.whole, to)
+        return to
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("resume")
+    # 33 packed rows and 4 a step: the end of the run is in the second epoch.
+    args = [
+        f"--model.path={write_model(folder / 'model')}",
+        f"--data.path={write_chat(folder / 'chat.jsonl', count=80)}",
+        "--data.seq_len=128",
+        "--global_batch_size=4",
+        f"--steps={_STEPS}",
+        f"--checkpoint.every={_EVERY}",
+        *EXACT,
+    ]
+    job = Job(folder, args)
+    result = job.run(job.whole)
+    assert result.returncode == 0, result.output
+    assert checkpoint_steps(job.whole) == [3, 6]
+    return job
+
+
+def _deterministic(output_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what a clock or the memory says."""
+    measured = ("second", "mfu", "memory")
+    return [
+        {name: value for name, value in row.items() if not any(part in name for part in measured)}
+        for row in read_rows(output_dir)
+    ]
+
+
+def _assert_same_end(found: Path, expected: Path) -> None:
+    """The same rows; the same bytes of weights, of parameters and of optimizer state."""
+    assert _deterministic(found) == _deterministic(expected)
+    weights = Path("export", "model.safetensors")
+    assert (found / weights).read_bytes() == (expected / weights).read_bytes()
+    manifests = [
+        json.loads((folder / "checkpoints" / "step-00000006" / "manifest.json").read_text())
+        for folder in (found, expected)
+    ]
+    assert (
+        manifests[0]["files"]["tensors/__0_0.distcp"]
+        == (manifests[1]["files"]["tensors/__0_0.distcp"])
+    )
+
+
+def test_resuming_from_a_checkpoint_is_bit_exact(job: Job, tmp_path: Path) -> None:
+    output_dir = job.copy(tmp_path / "out")
+    shutil.rmtree(output_dir / "checkpoints" / "step-00000006")
+    shutil.rmtree(output_dir / "export")
+
+    result = job.run(output_dir)
+
+    assert result.returncode == 0, result.output
+    assert "after step 3 of 6" in result.stdout
+    assert result.stderr == ""
+    _assert_same_end(output_dir, job.whole)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_by_one(job: Job, tmp_path: Path) -> None:
+    output_dir = job.copy(tmp_path / "out")
+    newest = output_dir / "checkpoints" / "step-00000006"
+    tensors = newest / "tensors" / "__1_0.distcp"
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    tensors.write_bytes(content)
+
+    result = job.run(output_dir)
+
+    assert result.returncode == 0, result.output
+    assert result.stdout.count(f"checkpoint {newest} is damaged (") == 1
+    assert "after step 3 of 6" in result.stdout
+    _assert_same_end(output_dir, job.whole)
+
+
+def test_a_finished_run_has_nothing_to_train_but_exports(job: Job, tmp_path: Path) -> None:
+    output_dir = job.copy(tmp_path / "out")
+    shutil.rmtree(output_dir / "export")
+
+    result = job.run(output_dir)
+
+    assert result.returncode == 0, result.output
+    assert f"nothing to train: {output_dir} is already at step 6 of 6" in result.stdout
+    assert result.stderr == ""
+    _assert_same_end(output_dir, job.whole)
+
+
+def test_another_number_of_ranks_continues_the_same_samples(job: Job, tmp_path: Path) -> None:
+    output_dir = job.copy(tmp_path / "out")
+    shutil.rmtree(output_dir / "checkpoints" / "step-00000006")
+
+    result = job.run(output_dir, world_size=1)
+
+    assert result.returncode == 0, result.output
+    assert losses(output_dir) == pytest.approx(losses(job.whole), rel=0, abs=1e-5)
+    assert [row["valid_tokens"] for row in read_rows(output_dir)] == [
+        row["valid_tokens"] for row in read_rows(job.whole)
+    ]
+
+
+def test_a_named_checkpoint_starts_another_run(job: Job, tmp_path: Path) -> None:
+    output_dir = tmp_path / "branch"
+
+    result = job.run(output_dir, f"--resume={job.whole / 'checkpoints' / 'step-00000003'}")
+
+    assert result.returncode == 0, result.output
+    assert losses(output_dir) == losses(job.whole)[3:]
+    assert checkpoint_steps(output_dir) == [6]
+
+
+def test_more_steps_go_on_from_the_end(job: Job, tmp_path: Path) -> None:
+    output_dir = job.copy(tmp_path / "out")
+
+    result = job.run(output_dir, "--steps=8")
+
+    assert result.returncode == 0, result.output
+    assert [row["step"] for row in read_rows(output_dir)] == list(range(1, 9))
+    assert checkpoint_steps(output_dir) == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--resume=never"], "already holds step-00000006"),
+        (["--seed=1"], "seed was 0, is 1"),
+        (["--global_batch_size=8"], "global_batch_size was 4, is 8"),
+        (["--data.packing=none"], "packing was best_fit, is none"),
+        (['--model.overrides={"hidden_size": 128}', "--model.init=random"], "does not fit"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_would_mix_two_runs_is_one_line(
+    job: Job, tmp_path: Path, more: list[str], said: str
+) -> None:
+    output_dir = job.copy(tmp_path / "out")
+    before = _contents(output_dir)
+
+    result = job.run(output_dir, *more)
+
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("train.py: error: ")
+    assert said in lines[0]
+    assert result.returncode == 1
+    assert _contents(output_dir) == before
+
+
+def test_only_damaged_checkpoints_do_not_start_over(job: Job, tmp_path: Path) -> None:
+    output_dir = job.copy(tmp_path / "out")
+    for state in output_dir.glob("checkpoints/*/state.json"):
+        state.write_bytes(state.read_bytes()[:-1])
+
+    result = job.run(output_dir)
+
+    assert result.returncode == 1
+    assert "every checkpoint in" in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "nproc", "whole_group"),
+    [
+        pytest.param(signal.SIGTERM, 1, False, id="SIGTERM-python"),
+        pytest.param(signal.SIGINT, 1, True, id="ctrl-C-python"),
+        pytest.param(signal.SIGTERM, 2, False, id="SIGTERM-torchrun"),
+        pytest.param(signal.SIGINT, 2, True, id="ctrl-C-torchrun"),
+    ],
+)
+def test_a_stopped_run_saves_and_goes_on(
+    job: Job, tmp_path: Path, number: signal.Signals, nproc: int, whole_group: bool
+) -> None:
+    output_dir = tmp_path / "out"
+    steps = 400  # far more than pass before the signal arrives
+    more = [
+        *(arg for arg in job.args if not arg.startswith(("--steps", "--checkpoint.every"))),
+        f"--steps={steps}",
+        f"--micro_batch_size={4 // nproc}",
+    ]
+    metrics = output_dir / "metrics.jsonl"
+
+    stopped = start_and_signal(
+        [f"--cache_dir={job.folder / 'cache'}", f"--output_dir={output_dir}", *more],
+        number,
+        lambda: metrics.exists() and metrics.read_text().count("\n") >= 3,
+        nproc=nproc,
+        whole_group=whole_group,
+        timeout=90,
+        env=clean_environment(tmp_path / "private"),
+    )
+
+    (step,) = checkpoint_steps(output_dir)
+    assert 3 <= step < steps
+    # torchrun has an exit code and words of its own.
+    if nproc == 1:
+        assert stopped.returncode == 128 + number
+        assert stopped.stderr == ""
+    else:
+        assert stopped.returncode != 0
+    assert stopped.stdout.count(f"stopped by {number.name} after step {step}") == 1
+    assert stopped.output.count("stopped by") == 1
+    assert "KeyboardInterrupt" not in stopped.stderr.split("torch/distributed")[0]
+    assert [row["step"] for row in read_rows(output_dir)] == list(range(1, step + 1))
+    assert not (output_dir / "export").exists()
+
+    end = step + 2
+    again = [arg for arg in more if not arg.startswith(("--steps", "--micro_batch_size"))]
+    resumed = Job(job.folder, again).run(output_dir, f"--steps={end}", world_size=nproc)
+
+    assert resumed.returncode == 0, resumed.output
+    assert f"after step {step} of {end}" in resumed.stdout
+    assert [row["step"] for row in read_rows(output_dir)] == list(range(1, end + 1))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
