@@ -254,22 +254,42 @@ def test_greedy_answers_are_those_of_transformers_one_by_one(tmp_path: Path) -> 
             assert kept == (True, True)
 
 
+def _end_after(model: PackedCausalLM, end: int, tokens: int) -> list[int]:
+    """Let the model say token 300 over and over, and the end of the turn as token number `tokens`."""
+    calls: list[int] = []
+
+    def replace(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        calls.append(output.shape[0])
+        logits = torch.zeros_like(output)
+        logits[..., end if len(calls) == tokens else 300] = 1.0
+        return logits
+
+    model.head.register_forward_hook(replace)
+    return calls
+
+
+def _answers_of_unequal_length(tokenizer_folder: Path) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    model = _sharded(tiny_model(vocab_size=512, max_position_embeddings=256))
+    _end_after(model, tokenizer.convert_tokens_to_ids("<|im_end|>"), 2 + 3 * dist.get_rank())
+    prompts = [messages for messages, _ in questions("test", 3)]
+    return generate_answers(model, tokenizer, prompts, max_new_tokens=20, device=CPU)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_ends_early_waits_for_the_others(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(tmp_path)
+    short, long = tokenizer.decode([300]), tokenizer.decode([300] * 4)
+    results = run_ranks(_answers_of_unequal_length, 2, tmp_path, timeout=60)
+    assert results == [[short, long, short]] * 2
+
+
 def test_an_answer_ends_at_the_end_of_the_turn() -> None:
     tokenizer = build_tokenizer()
     model = tiny_model(vocab_size=512, max_position_embeddings=256)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    calls = 0
-
-    def only_the_end(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        logits = torch.zeros_like(output)
-        logits[..., end if calls == 3 else 300] = 1.0
-        return logits
-
-    model.head.register_forward_hook(only_the_end)
+    calls = _end_after(model, tokenizer.convert_tokens_to_ids("<|im_end|>"), 3)
     prompts = [messages for messages, _ in questions("test", 3)]
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens=20, device=CPU)
-    assert calls == 3
+    assert calls == [3, 3, 3]
     assert answers == [tokenizer.decode([300, 300])] * 3
     assert model.training
