@@ -42,6 +42,7 @@ from scripts.config import TrainConfig
 EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.yaml"
 
 Config = TypeVar("Config")
+RunConfig = TypeVar("RunConfig", bound=TrainConfig)
 
 # Names from the Hugging Face Trainer, TRL and peft. A value that starts with "--" is our flag for
 # the same thing; any other value completes the sentence that starts with the foreign name.
@@ -154,12 +155,19 @@ _AT_LEAST: dict[str, float] = {
 }
 
 
+def printable(text: str) -> str:
+    """The text with every character escaped that would not show, or would move the cursor.
+
+    Names, values and data come from files: none of their control characters may reach a terminal.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class CommandLineError(ValueError):
     """One printable line: what is wrong, where, the remedy. Scripts print it and exit with 2."""
 
     def __init__(self, message: str) -> None:
-        # Names and values come from files: a control character must not reach the terminal.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 class _Leaf(NamedTuple):
@@ -206,9 +214,18 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
-    """The configuration of one run of train.py.
+    """The configuration of one run of train.py; see `parse_run_config`."""
+    return parse_run_config(TrainConfig, "train.py", argv)
+
+
+def parse_run_config(
+    config_class: type[RunConfig], prog: str, argv: list[str] | None = None
+) -> RunConfig:
+    """The configuration of a script that reads train.py's flags, and maybe some of its own.
 
     Args:
+        config_class: `TrainConfig`, or a dataclass that adds fields to it.
+        prog: the script's name in its help.
         argv: the arguments without the program's name; default: those of this process.
 
     Raises:
@@ -216,14 +233,14 @@ def parse_train_config(argv: list[str] | None = None) -> TrainConfig:
         SystemExit: with 0 after `--help` or `--print_config`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser(TrainConfig, "train.py")
+    parser = build_parser(config_class, prog)
     if "--help" in argv or "-h" in argv:
         print_and_exit(parser.format_help())
     given = [argument for argument in argv if argument != "--print_config"]
-    values = read_values(parser, TrainConfig, given)
+    values = read_values(parser, config_class, given)
     if values.get("model.name") is None and values.get("model.path") is None:
-        values = read_yaml(parser, TrainConfig, EMBEDDED_RECIPE) | values
-    config = build_config(TrainConfig, values)
+        values = read_yaml(parser, config_class, EMBEDDED_RECIPE) | values
+    config = build_config(config_class, values)
     validate(config)
     if len(given) < len(argv):
         print_and_exit(to_yaml(config))
@@ -429,9 +446,13 @@ def validate(config: TrainConfig) -> None:
 def _leaves(config_class: type, prefix: str = "") -> tuple[_Leaf, ...]:
     """Every flag of the config dataclass, top-level flags first."""
     hints = get_type_hints(config_class)
-    documentation = parse_from_object(config_class)
-    helps = {parameter.arg_name: parameter.description or "" for parameter in documentation.params}
-    group_doc = documentation.short_description or ""
+    helps = {
+        parameter.arg_name: parameter.description or ""
+        for owner in config_class.__mro__
+        if is_dataclass(owner)
+        for parameter in parse_from_object(owner).params
+    }
+    group_doc = parse_from_object(config_class).short_description or ""
     leaves: list[_Leaf] = []
     nested: list[_Leaf] = []
     for field in fields(config_class):

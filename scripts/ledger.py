@@ -8,6 +8,7 @@ import numpy as np
 
 from data.packing import Packs
 from data.store import TokenStore
+from scripts.command_line import printable
 
 _BAR = 30  # characters of the longest bar
 
@@ -91,10 +92,3 @@ def ledger_table(source: str, ledger: dict[str, Any], *, seq_len: int) -> str:
 def _packed(ledger: dict[str, Any], seq_len: int) -> str:
     filled = 100 * ledger["tokens"] / (ledger["packed_rows"] * seq_len)
     return f"{ledger['packed_rows']:,} rows of {seq_len:,}, {filled:.1f} % full"
-
-
-def printable(text: str) -> str:
-    """The text with every character escaped that would not show, or would move the cursor."""
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in text
-    )

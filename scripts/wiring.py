@@ -48,7 +48,6 @@ from trainer.metrics import MetricsWriter
 from trainer.optimizer import build_optimizer, learning_rate_at
 from trainer.parallel import DTYPES, build_mesh, parallelise
 
-
 # Enough to keep an H100 busy, few enough for an 8B model to fit with activation checkpointing.
 MICRO_BATCH_TOKENS = 4096
 
@@ -211,8 +210,11 @@ def batch_sizes(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
     return micro, size, size // together
 
 
-def prepare(config: TrainConfig, cache_dir: Path) -> dict[str, Any]:
+def prepare(config: TrainConfig, cache_dir: Path, *, to_train: bool = True) -> dict[str, Any]:
     """Bring model and data to this machine and turn rows into tokens; one rank of a node does it.
+
+    Without `to_train` it brings what decides the training tokens: no held-out rows, and no weights
+    (unless the tokenizer is another model's: then the model's own folder may hold none).
 
     Returns:
         Folders and commits, as JSON can hold them.
@@ -222,7 +224,12 @@ def prepare(config: TrainConfig, cache_dir: Path) -> dict[str, Any]:
     """
     chosen, model_folder, model_commit = config.model, None, None
     if chosen.name is not None:
-        fetched = fetch_model(chosen.name, revision=chosen.revision, cache_dir=cache_dir)
+        fetched = fetch_model(
+            chosen.name,
+            revision=chosen.revision,
+            cache_dir=cache_dir,
+            only_tokenizer=not to_train and chosen.tokenizer is None,
+        )
         model_folder, model_commit = fetched.path, fetched.commit
     elif chosen.path is not None:
         model_folder = Path(chosen.path)
@@ -252,7 +259,7 @@ def prepare(config: TrainConfig, cache_dir: Path) -> dict[str, Any]:
         "evaluation_tokens": None,
     }
     split = config.evaluation.split or ("test" if uses_embedded_data(config) else None)
-    if split is not None:
+    if to_train and split is not None:
         held_out = load_rows(config.data, split, cache_dir=cache_dir)
         prepared["evaluation_tokens"] = str(
             prepare_tokens(held_out, tokenizer, config.data, cache_dir=cache_dir)

@@ -13,12 +13,12 @@ from data.embedded import build_tokenizer
 from data.packing import pack
 from data.sources import load_rows
 from data.store import open_tokens, prepare_tokens
+from scripts.command_line import printable
 from scripts.ledger import (
     anything_left_out,
     complete_ledger,
     ledger_table,
     length_histogram,
-    printable,
 )
 from tests.support.tiny import write_chat
 
