@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from scripts.command_line import CommandLineError
@@ -46,6 +47,20 @@ def use_cache_dir(cache_dir: str) -> Path:
     os.environ.update(settings)
     _quiet_libraries()
     return root
+
+
+def remove_launcher_folders() -> None:
+    """Remove the empty folders torchrun made for this rank in the system's temporary folder, and leaves behind.
+
+    Folders that hold anything, such as logs that were asked for, stay.
+    """
+    rank_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent
+    if not any(part.startswith("torchelastic_") for part in rank_folder.parts):
+        return
+    with suppress(OSError):  # not empty: another rank has not left yet
+        # torchelastic_*/RUN/attempt_*/RANK, from the inside out
+        for folder in (rank_folder, *list(rank_folder.parents)[:3]):
+            folder.rmdir()
 
 
 def _cache_settings(root: Path) -> dict[str, str]:

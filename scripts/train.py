@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.errors import DataError
 from models.errors import ModelError
 from scripts.command_line import CommandLineError, parse_train_config
-from scripts.environment import use_cache_dir
+from scripts.environment import remove_launcher_folders, use_cache_dir
 from trainer.errors import TrainError
 
 
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         leave(ranks)
         return 2 if isinstance(error, CommandLineError) else 1
+    finally:
+        remove_launcher_folders()
 
 
 if __name__ == "__main__":

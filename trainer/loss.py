@@ -68,21 +68,30 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if hidden_needs else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs else None
         chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        # One buffer for all chunks: on CPU, fresh pages for each would cost more than a pass over them.
+        buffer = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, min(start + chunk, hidden.shape[0]))
             h, target = hidden[rows], targets[rows].unsqueeze(1)
-            logits = (h @ weight.T).float()
-            log_normaliser = logits.logsumexp(1, keepdim=True)
-            loss += (log_normaliser - logits.gather(1, target)).sum()
+            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()
+            target_logits, peak = logits.gather(1, target), logits.amax(1, keepdim=True)
+            # Softmax, written over the logits: the maximum keeps exp finite.
+            softmax = logits.sub_(peak).exp_()
+            total = softmax.sum(1, keepdim=True)
+            loss += (total.log() + peak - target_logits).sum()
             if hidden_grad is None and weight_grad is None:
                 continue
-            # d loss / d logits = softmax - one_hot, written over the logits.
-            grad = logits.sub_(log_normaliser).exp_()
+            # d loss / d logits = softmax - one_hot.
+            grad = softmax.div_(total)
             grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
             grad = grad.to(hidden.dtype)
             if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[rows])
-            if weight_grad is not None:
+            if weight_grad is None:
+                continue
+            if h.dtype == weight_grad.dtype:
+                weight_grad.addmm_(grad.T, h)
+            else:
                 weight_grad += grad.T @ h
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scripts.command_line import CommandLineError
-from scripts.environment import use_cache_dir
+from scripts.environment import remove_launcher_folders, use_cache_dir
 from tests.support.command import clean_environment, run_command
 
 
@@ -35,7 +35,7 @@ def python(program: str, folder: Path, **variables: str) -> dict:
 
 PATHS = """
 import json, os, sys
-from scripts.environment import use_cache_dir
+from scripts.environment import remove_launcher_folders, use_cache_dir
 root = use_cache_dir(sys.argv[1] if len(sys.argv) > 1 else os.environ["CACHE"])
 import datasets.config, huggingface_hub.constants, transformers.utils.hub
 assert use_cache_dir(str(root)) == root, "a second call with the same folder is allowed"
@@ -93,7 +93,7 @@ def test_progress_bars_are_for_rank_0(tmp_path: Path) -> None:
 
 TOKEN = """
 import json, os
-from scripts.environment import use_cache_dir
+from scripts.environment import remove_launcher_folders, use_cache_dir
 use_cache_dir(os.environ["CACHE"])
 import huggingface_hub
 print(json.dumps(huggingface_hub.get_token()))
@@ -128,7 +128,7 @@ def test_a_saved_token_stays_readable(
 def test_a_call_after_the_import_of_a_library_is_an_internal_error(tmp_path: Path) -> None:
     program = """
 import json, huggingface_hub
-from scripts.environment import use_cache_dir
+from scripts.environment import remove_launcher_folders, use_cache_dir
 try: use_cache_dir("cache")
 except RuntimeError as error: print(json.dumps(str(error)))
 """
@@ -200,3 +200,23 @@ def test_read_only_and_full_disks(tmp_path: Path, options: str, fill: bool, reas
     assert reason in online.stdout and "--cache_dir" in online.stdout, online.output
     offline = run_command(shell, timeout=60, env=env | {"HF_HUB_OFFLINE": "1"})
     assert offline.stdout == f"used {disk}\n", offline.output
+
+
+def test_the_folders_of_a_launcher_go_with_its_last_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "torchelastic_x"
+    ranks = [root / "run" / "attempt_0" / str(rank) for rank in range(2)]
+    for folder in ranks:
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(ranks[0] / "error.json"))
+    remove_launcher_folders()
+    assert not ranks[0].exists()
+    assert ranks[1].exists()
+    (ranks[1] / "stdout.log").write_text("kept")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(ranks[1] / "error.json"))
+    remove_launcher_folders()
+    assert (ranks[1] / "stdout.log").exists()
+    (ranks[1] / "stdout.log").unlink()
+    remove_launcher_folders()
+    assert list(tmp_path.iterdir()) == []
