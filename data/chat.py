@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,8 @@ from data.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 BATCH_ROWS = 256  # rows rendered while the ones before are tokenised
@@ -82,28 +84,30 @@ class _Rendered:
     stripped_reasoning_turns: int
 
 
-class _Unusable(Exception):
-    """The reason a row is excluded."""
+class Unusable(Exception):
+    """Raised with the reason a row is excluded; it becomes an Excluded."""
 
 
 def encode_conversations(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    to_conversation: Callable[[Row], Row] | None = None,
     train_on: Literal["all", "last"] = "all",
 ) -> Iterator[Encoded | Excluded]:
     """One result for every row, in order: its ids and marks, or the reason it has none.
 
-    A row is {"messages": [{"role", "content", ...}, ...]} and may have "tools". Of its assistant
-    turns all or the last are trained on, but for those with "train": false. Raises DataError if the
-    tokenizer has no chat template, or one whose assistant turns cannot be told apart.
+    A row is {"messages": [{"role", "content", ...}, ...]} and may have "tools"; `to_conversation`
+    makes that of a row that is not, or raises Unusable. Of its assistant turns all or the last are
+    trained on, but for those with "train": false. Raises DataError if the tokenizer has no chat
+    template, or one whose assistant turns cannot be told apart.
     """
     template = ChatTemplate(tokenizer, train_on=train_on)
     # The tokenizer leaves the interpreter lock, so the next rows are rendered meanwhile.
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = None
-        for first in range(0, len(rows), BATCH_ROWS):
-            rendered = template.render(_batch(rows, first), first)
+        for first, batch in row_batches(rows):
+            rendered = template.render(batch, first, to_conversation)
             encodings = pool.submit(template.tokenise, rendered)
             if waiting is not None:
                 yield from template.mark(waiting[0], waiting[1].result())
@@ -112,13 +116,49 @@ def encode_conversations(
             yield from template.mark(waiting[0], waiting[1].result())
 
 
-def _batch(rows: Sequence[dict[str, Any]], first: int) -> list[dict[str, Any]]:
-    batch: Any = rows[first : first + BATCH_ROWS]
-    if isinstance(batch, dict):  # a slice of a datasets.Dataset is a dict of columns
-        return [
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+def row_batches(rows: Sequence[Row]) -> Iterator[tuple[int, list[Row]]]:
+    """(index of its first row, rows) of every batch of BATCH_ROWS."""
+    for first in range(0, len(rows), BATCH_ROWS):
+        batch: Any = rows[first : first + BATCH_ROWS]
+        if isinstance(batch, dict):  # a slice of a datasets.Dataset is a dict of columns
+            columns = zip(*batch.values(), strict=True)
+            batch = [dict(zip(batch, values, strict=True)) for values in columns]
+        yield first, batch
+
+
+class TextTokenizer:
+    """The fast tokenizer behind a tokenizer, and the tokens that are structure and never text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError("the tokenizer has no tokenizer.json; masks need its character offsets")
+        # An own copy, free of whatever padding or truncation a caller has switched on.
+        self.backend: Tokenizer = Tokenizer.from_str(backend.to_str())
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        # Tags such as <think> are added tokens too, but ordinary words of the model: a message may
+        # hold them. <|...|> is structure even where a tokenizer does not call it special.
+        control = [
+            token.content
+            for token in self.backend.get_added_tokens_decoder().values()
+            if token.content and (token.special or token.content.startswith(("<|", "<\uff5c")))
         ]
-    return batch
+        if not control:
+            raise DataError("the tokenizer has no control tokens; masks cannot be proven with it")
+        longest_first = sorted(control, key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, longest_first)))
+
+    def same(self, decoded: str, text: str) -> bool:
+        """Equal but for what this tokenizer's normaliser and decoder do to any text."""
+        if decoded == text:
+            return True
+        return "".join(decoded.split()) == "".join(self._normalise(text).split())
+
+    @cached_property
+    def _normalise(self):
+        normalizer = self.backend.normalizer
+        return normalizer.normalize_str if normalizer is not None else str
 
 
 class ChatTemplate:
@@ -129,29 +169,13 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer = tokenizer
         self._train_on = train_on
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise DataError("the tokenizer has no tokenizer.json; masks need its character offsets")
-        # An own copy, free of whatever padding or truncation a caller has switched on.
-        self._backend: Tokenizer = Tokenizer.from_str(backend.to_str())
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self._text = TextTokenizer(tokenizer)
+        self._control = self._text.control
         if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template; use the one of an instruct model, or put "
                 "chat_template.jinja beside it"
             )
-        # Tags such as <think> are added tokens too, but ordinary words of the model: a message may
-        # hold them. <|...|> is structure even where a tokenizer does not call it special.
-        control = [
-            token.content
-            for token in self._backend.get_added_tokens_decoder().values()
-            if token.content and (token.special or token.content.startswith(("<|", "<\uff5c")))
-        ]
-        if not control:
-            raise DataError("the tokenizer has no control tokens; masks cannot be proven with it")
-        longest_first = sorted(control, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)))
         self._probe()
 
     def _probe(self) -> None:
@@ -182,13 +206,8 @@ class ChatTemplate:
         self._header = header if self._control.search(header) else None
 
         ids = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-        if ids != self._backend.encode(text, add_special_tokens=False).ids:
+        if ids != self._text.backend.encode(text, add_special_tokens=False).ids:
             raise DataError("tokenizer.json and apply_chat_template disagree about a conversation")
-
-    @cached_property
-    def _normalise(self):
-        normalizer = self._backend.normalizer
-        return normalizer.normalize_str if normalizer is not None else str
 
     def _apply(self, messages: list[dict], tools: Any = None, *, prompt: bool = False) -> str:
         text = self._tokenizer.apply_chat_template(
@@ -198,32 +217,35 @@ class ChatTemplate:
 
     # ------------------------------------------------------------------------------------- render
 
-    def render(self, rows: list[dict[str, Any]], first: int) -> list[_Rendered | Excluded]:
+    def render(
+        self, rows: list[Row], first: int, to_conversation: Callable[[Row], Row] | None = None
+    ) -> list[_Rendered | Excluded]:
         """The text and assistant turns of each row; `first` is the index of the first."""
         results: list[_Rendered | Excluded] = []
         for index, row in enumerate(rows, first):
             try:
-                results.append(self._render(index, row))
-            except _Unusable as reason:
+                conversation = to_conversation(row) if to_conversation else row
+                results.append(self._render(index, conversation))
+            except Unusable as reason:
                 results.append(Excluded(index, str(reason)))
         return results
 
-    def _render(self, index: int, row: dict[str, Any]) -> _Rendered:
+    def _render(self, index: int, row: Row) -> _Rendered:
         messages, tools = _clean_messages(row.get("messages")), _clean_tools(row.get("tools"))
         # Taken out of the messages: whether a turn is trained on must not reach the template.
         flags = [message.pop("train", True) for message in messages]
         if not all(isinstance(flag, bool) for flag in flags):
-            raise _Unusable("train is not true or false")
+            raise Unusable("train is not true or false")
         if any(self._control.search(text) for text in _strings([messages, tools])):
-            raise _Unusable("control token in text")
+            raise Unusable("control token in text")
         try:
             text = self._apply(messages, tools)
             spans = self._find_turns(messages, tools, text)
-        except _Unusable:
+        except Unusable:
             raise
         except Exception as error:  # a template is a program: it raises whatever it likes
             first_line = (str(error) or type(error).__name__).splitlines()[0][:80]
-            raise _Unusable(f"the chat template refuses it: {first_line}") from error
+            raise Unusable(f"the chat template refuses it: {first_line}") from error
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         trained, stripped = [], 0
         for place, turn in zip(answers, spans, strict=True):
@@ -232,9 +254,9 @@ class ChatTemplate:
             reasoning, answer = _split_reasoning(message)
             names = [_tool_name(call) for call in message.get("tool_calls") or ()]
             if not answer and not names:
-                raise _Unusable("an assistant turn has reasoning but no answer")
+                raise Unusable("an assistant turn has reasoning but no answer")
             if answer not in said or not all(name in said for name in names):
-                raise _Unusable("the chat template changes the text of an assistant turn")
+                raise Unusable("the chat template changes the text of an assistant turn")
             if flags[place] and (self._train_on == "all" or place == answers[-1]):
                 trained.append(turn)
                 stripped += reasoning not in said
@@ -243,7 +265,7 @@ class ChatTemplate:
             for message in messages
             if message["role"] in ("system", "user")
         ):
-            raise _Unusable("the chat template changes the text of a message")
+            raise Unusable("the chat template changes the text of a message")
         return _Rendered(index, text, tuple(trained), stripped)
 
     def _find_turns(self, messages: list[dict], tools: Any, text: str) -> tuple[_Turn, ...]:
@@ -261,14 +283,14 @@ class ChatTemplate:
         else:
             prompts = [self._apply(messages[:i], tools, prompt=True) for i in answers]
             if not all(text.startswith(prompt) for prompt in prompts):
-                raise _Unusable("the conversation does not begin with its own prompt")
+                raise Unusable("the conversation does not begin with its own prompt")
             starts = [(len(prompt),) for prompt in prompts]
         turns = []
         for number, places in enumerate(starts):
             end = text.find(self.end_token, places[0])
             limit = starts[number + 1][-1] if number + 1 < len(starts) else len(text)
             if end < 0 or end >= limit:
-                raise _Unusable("an assistant turn has no end token")
+                raise Unusable("an assistant turn has no end token")
             turns.append(_Turn(tuple(dict.fromkeys(places)), end + len(self.end_token)))
         return tuple(turns)
 
@@ -277,7 +299,7 @@ class ChatTemplate:
     def tokenise(self, rendered: list[_Rendered | Excluded]) -> list[Encoding]:
         """Encodings of the rows that have a text, on all cores."""
         texts = [item.text for item in rendered if isinstance(item, _Rendered)]
-        return self._backend.encode_batch(texts, add_special_tokens=False)
+        return self._text.backend.encode_batch(texts, add_special_tokens=False)
 
     def mark(
         self, rendered: list[_Rendered | Excluded], encodings: list[Encoding]
@@ -314,17 +336,13 @@ class ChatTemplate:
                         item.stripped_reasoning_turns,
                     )
                 )
-        decoded = self._backend.decode_batch(to_decode, skip_special_tokens=False)
+        decoded = self._text.backend.decode_batch(to_decode, skip_special_tokens=False)
         for (place, text), back in zip(expected, decoded, strict=True):
-            if back != text and not self._same(back, text):
+            if not self._text.same(back, text):
                 results[place] = Excluded(
                     results[place].row, "the marked tokens do not decode to the turn"
                 )
         return results
-
-    def _same(self, decoded: str, text: str) -> bool:
-        """Equal but for what this tokenizer's normaliser and decoder do to any text."""
-        return "".join(decoded.split()) == "".join(self._normalise(text).split())
 
 
 def _token_at_border(encoding: Encoding, start: int) -> int | None:
@@ -344,34 +362,38 @@ def _common_start(one: str, other: str) -> str:
 # ------------------------------------------------------------------------------------------- clean
 
 
+def list_of_objects(value: Any, name: str) -> list[dict[str, Any]]:
+    """The messages of column `name`; raises Unusable if they are not a list of some objects."""
+    if isinstance(value, dict):  # how datasets gives a column of type Sequence of dict
+        columns = [column for column in value.values() if isinstance(column, list)]
+        if len(columns) == len(value) and len(set(map(len, columns))) == 1:
+            value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
+    if not isinstance(value, list):
+        raise Unusable(f"{name} is not a list")
+    if not value:
+        raise Unusable("no messages")
+    if not all(isinstance(item, dict) for item in value):
+        raise Unusable("a message is not an object")
+    return value
+
+
 def _clean_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages without null fields; raises _Unusable for anything that is not a conversation."""
-    if isinstance(messages, dict):  # how datasets gives a column of type Sequence of dict
-        keys = list(messages)
-        messages = [
-            dict(zip(keys, values, strict=True)) for values in zip(*messages.values(), strict=True)
-        ]
-    if not isinstance(messages, list):
-        raise _Unusable("messages is not a list")
-    if not messages:
-        raise _Unusable("no messages")
+    """The messages without null fields; raises Unusable for anything that is not a conversation."""
     cleaned = []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise _Unusable("a message is not an object")
+    for message in list_of_objects(messages, "messages"):
         # Arrow gives every message the fields of all others, as null: they were never there.
         message = _without_nulls(message)
         if message.get("role") not in ROLES:
-            raise _Unusable("unknown role")
+            raise Unusable("unknown role")
         role, calls = message["role"], message.get("tool_calls")
         content = message.setdefault("content", "" if calls else None)
         if not isinstance(content, str):
-            raise _Unusable("content is missing" if content is None else "content is not a string")
+            raise Unusable("content is missing" if content is None else "content is not a string")
         if not content.strip() and role != "tool" and not calls:
-            raise _Unusable("content is empty")
+            raise Unusable("content is empty")
         cleaned.append(message)
     if not any(message["role"] == "assistant" for message in cleaned):
-        raise _Unusable("no assistant turn")
+        raise Unusable("no assistant turn")
     return cleaned
 
 
@@ -380,11 +402,11 @@ def _clean_tools(tools: Any) -> list[dict[str, Any]] | None:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except json.JSONDecodeError as error:
-            raise _Unusable("tools is not JSON") from error
+            raise Unusable("tools is not JSON") from error
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _Unusable("tools is not a list of objects")
+        raise Unusable("tools is not a list of objects")
     return [_without_nulls(tool) for tool in tools]
 
 

@@ -25,6 +25,11 @@ class DataConfig:
     revision: str | None = None
     """Branch, tag or commit of the hub dataset; it is resolved to a commit once and recorded in run.json."""
 
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenised"
+    ] = "auto"
+    """What the columns mean (docs/data.md); auto tells it by their names."""
+
     train_on: Literal["all", "last"] = "all"
     """Assistant turns that are trained on: all, or the last of each conversation; never one whose message has "train": false."""
 

@@ -1,4 +1,4 @@
-"""Rows of conversations from the hub, from local files, or from the embedded generator."""
+"""Rows from the hub, from local files, or from the embedded generator."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from data.errors import DataError
 
 Row = dict[str, Any]
 
-COLUMNS = ("messages", "tools")
-KNOWN_FORMATS = 'messages: [{"role": ..., "content": ...}, ...], optionally tools: [...]'
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -55,15 +53,7 @@ class Source:
         rows = self.load()
         if len(rows) == 0:
             raise DataError(f"{self.name}: no rows; give a dataset that has some")
-        columns = getattr(rows, "column_names", None) or list(rows[0])
-        if "messages" not in columns:
-            raise DataError(
-                f"{self.name}: no column messages among {', '.join(map(str, columns))}; "
-                f"rows must have {KNOWN_FORMATS}"
-            )
-        # A datasets.Dataset would otherwise decode columns for nothing.
-        select = getattr(rows, "select_columns", None)
-        return select([name for name in COLUMNS if name in columns]) if select else rows
+        return rows
 
 
 def load_rows(config: DataConfig, split: str, *, cache_dir: str | Path) -> Source:

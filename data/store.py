@@ -1,8 +1,8 @@
-"""Tokenised conversations on disk: written once, memory-mapped by every rank.
+"""Tokenised examples on disk: written once, memory-mapped by every rank.
 
 A folder holds, for all examples one after the other,
     input_ids.bin   int32 [T]
-    supervised.bin  uint8 [T]   1 where the assistant wrote the token
+    supervised.bin  uint8 [T]   1 where the token is trained on
     offsets.npy     int64 [examples + 1], example i is [offsets[i], offsets[i + 1])
     meta.json       the ledger: what became of every row and token
 """
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.chat import Excluded, encode_conversations
+from data.chat import Excluded
 from data.config import DataConfig
 from data.errors import DataError
+from data.formats import encode_rows
 from data.sources import Source, explain_os_error
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ def tokens_key(
         "tokenizer": _hash(
             (backend.to_str() if backend else "") + _json(tokenizer.special_tokens_map)
         ),
+        "data_format": config.format,
         "train_on": config.train_on,
         "seq_len": config.seq_len,
         "overlong": config.overlong,
@@ -197,7 +199,7 @@ def _write(
         open(folder / "input_ids.bin", "wb") as ids_file,
         open(folder / "supervised.bin", "wb") as supervised_file,
     ):
-        results = encode_conversations(rows, tokenizer, train_on=config.train_on)
+        results = encode_rows(rows, tokenizer, config, name=source.name)
         # disable=None: no bar where the output is not a terminal.
         for result in tqdm(results, "tokenise", len(rows), unit="row", disable=None):
             ledger.rows_read += 1

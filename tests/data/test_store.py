@@ -125,7 +125,7 @@ def test_too_many_bad_rows_stop_with_examples_also_when_prepared(tokenizer, cach
     ("rows", "message"),
     [
         ([], "memory: no rows"),
-        ([{"text": "a", "id": 1}], "no column messages among text, id"),
+        ([{"body": "a", "id": 1}], "memory: the columns body, id fit no format"),
         ([_row("")] * 3, "none of 3 rows can be trained on .3 excluded"),
         ([_row(LONG)], "none of 1 rows .* 1 longer than data.seq_len=64"),
     ],
@@ -160,6 +160,7 @@ def test_whatever_changes_the_bytes_changes_the_folder(tokenizer, cache_dir: Pat
             (_source(MIXED), tokenizer, replace(CONFIG, seq_len=63)),
             (_source(MIXED), tokenizer, replace(CONFIG, overlong="truncate")),
             (_source(MIXED), tokenizer, replace(CONFIG, train_on="last")),
+            (_source(MIXED), tokenizer, replace(CONFIG, format="messages")),
         ]
     ]
     assert len(set(folders)) == len(folders)

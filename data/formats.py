@@ -1,0 +1,268 @@
+"""What the columns of a row mean: each format turns a row into a conversation, texts or token ids.
+
+Conversations are rendered with the chat template and go through the proof of `data.chat`. Texts and
+token ids are used as they are: no template touches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.chat import (
+    Encoded,
+    Excluded,
+    Row,
+    TextTokenizer,
+    Unusable,
+    encode_conversations,
+    list_of_objects,
+    row_batches,
+)
+from data.config import DataConfig
+from data.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("tools",)),
+    "sharegpt": (("conversations",), ("system", "tools")),
+    "alpaca": (("instruction", "output"), ("input", "system")),
+    "prompt_completion": (("prompt", "completion"), ("tools",)),
+    "text": (("text",), ()),
+    "tokenised": (("input_ids",), ("labels", "attention_mask")),
+}
+"""For each format the columns it needs and those it also reads."""
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, name: str
+) -> Iterator[Encoded | Excluded]:
+    """One result for every row, in order: its ids and marks, or the reason it has none.
+
+    `rows` has at least one row; `name` is what errors call them. Raises DataError if no format, or
+    more than one, fits the columns, or the tokenizer lacks what the format needs.
+    """
+    columns = getattr(rows, "column_names", None) or list(rows[0])
+    chosen = choose_format(columns, config.format, name=name)
+    select = getattr(rows, "select_columns", None)
+    if select:  # a datasets.Dataset would otherwise decode columns for nothing
+        required, optional = COLUMNS[chosen]
+        rows = select([column for column in required + optional if column in columns])
+    if chosen == "tokenised":
+        return _encode_tokenised(rows, vocabulary_size=len(tokenizer))
+    if chosen == "text":
+        return _encode_texts(rows, tokenizer, text_parts)
+    if chosen == "prompt_completion" and isinstance(_first_value(rows, "prompt"), str):
+        return _encode_texts(rows, tokenizer, prompt_completion_parts)
+    return encode_conversations(
+        rows, tokenizer, to_conversation=_TO_CONVERSATION[chosen], train_on=config.train_on
+    )
+
+
+def choose_format(columns: Sequence[str], wanted: str, *, name: str) -> str:
+    """`wanted`, or for "auto" the one format whose columns are there; raises DataError."""
+    found = ", ".join(map(str, columns))
+    if wanted != "auto":
+        required = COLUMNS[wanted][0]
+        if missing := [column for column in required if column not in columns]:
+            raise DataError(
+                f"{name}: data.format={wanted} needs the columns {', '.join(required)}; "
+                f"{', '.join(missing)} is not among {found}"
+            )
+        return wanted
+    fitting = [kind for kind, (required, _) in COLUMNS.items() if set(required) <= set(columns)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise DataError(
+            f"{name}: the columns {found} fit more than one format; set data.format to "
+            f"{' or '.join(fitting)}"
+        )
+    known = "; ".join(f"{kind}: {', '.join(required)}" for kind, (required, _) in COLUMNS.items())
+    raise DataError(f"{name}: the columns {found} fit no format; rename them to those of {known}")
+
+
+def _first_value(rows: Sequence[Row], column: str) -> Any:
+    """The first value of `column` that is there and not null."""
+    values = (rows[i].get(column) for i in range(len(rows)))
+    return next((value for value in values if value is not None), None)
+
+
+# ----------------------------------------------------------------------------------- conversations
+
+
+def from_messages(row: Row) -> Row:
+    return row
+
+
+def from_sharegpt(row: Row) -> Row:
+    messages = []
+    for turn in list_of_objects(row.get("conversations"), "conversations"):
+        sender = turn.get("from")
+        role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
+        messages.append({"role": role, "content": turn.get("value"), "train": turn.get("train")})
+    return {"messages": [*_system_message(row), *messages], "tools": row.get("tools")}
+
+
+def from_alpaca(row: Row) -> Row:
+    """The user says the instruction and, an empty line below it, the input if there is one."""
+    parts = [row.get("instruction"), row.get("input") or ""]
+    if not all(isinstance(part, str) for part in parts):
+        raise Unusable("instruction or input is not a string")
+    question = "\n\n".join(part for part in parts if part.strip())
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": row.get("output")},
+    ]
+    return {"messages": [*_system_message(row), *messages]}
+
+
+def from_prompt_completion(row: Row) -> Row:
+    """The messages of both, of which only the completion's are trained on."""
+    prompt = list_of_objects(row.get("prompt"), "prompt")
+    completion = list_of_objects(row.get("completion"), "completion")
+    silent = [{**message, "train": False} for message in prompt]
+    return {"messages": silent + completion, "tools": row.get("tools")}
+
+
+def _system_message(row: Row) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+
+
+_TO_CONVERSATION: dict[str, Callable[[Row], Row]] = {
+    "messages": from_messages,
+    "sharegpt": from_sharegpt,
+    "alpaca": from_alpaca,
+    "prompt_completion": from_prompt_completion,
+}
+
+# ------------------------------------------------------------------------------------------- texts
+
+Parts = list[tuple[str, bool]]
+"""Consecutive pieces of one text, and whether each is trained on."""
+
+
+def text_parts(row: Row) -> Parts:
+    return [(_text(row, "text"), True)]
+
+
+def prompt_completion_parts(row: Row) -> Parts:
+    return [(_text(row, "prompt"), False), (_text(row, "completion"), True)]
+
+
+def _text(row: Row, column: str) -> str:
+    text = row.get(column)
+    if not isinstance(text, str):
+        raise Unusable(f"{column} is {'missing' if text is None else 'not a string'}")
+    if not text.strip():
+        raise Unusable(f"{column} is empty")
+    return text
+
+
+def _encode_texts(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, to_parts: Callable[[Row], Parts]
+) -> Iterator[Encoded | Excluded]:
+    """The parts' tokens one after the other, and the end-of-sequence token.
+
+    Each part is tokenised alone: a prompt then has the tokens that it has when one generates from
+    it, whatever the completion begins with.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no eos_token, which must end every text; set one")
+    core, end = TextTokenizer(tokenizer), [tokenizer.eos_token_id]
+    for first, batch in row_batches(rows):
+        read = [_read_parts(index, row, to_parts, core) for index, row in enumerate(batch, first)]
+        texts = [text for parts in read if isinstance(parts, list) for text, _ in parts]
+        encodings = core.backend.encode_batch_fast(texts, add_special_tokens=False)
+        ids_of_texts = [encoding.ids for encoding in encodings]
+        decoded = core.backend.decode_batch(ids_of_texts, skip_special_tokens=False)
+        remaining = zip(texts, ids_of_texts, decoded, strict=True)
+        for index, parts in enumerate(read, first):
+            if isinstance(parts, Excluded):
+                yield parts
+                continue
+            ids, supervised, proven = [], [], True
+            for (_, trained), (text, part, back) in zip(parts, remaining, strict=False):
+                ids += part
+                supervised += [trained] * len(part)
+                proven = proven and core.same(back, text)
+            if proven:
+                marks = np.array([*supervised, True], dtype=bool)
+                yield Encoded(index, np.array(ids + end, dtype=np.int32), marks, 0)
+            else:
+                yield Excluded(index, "the tokens do not decode to the text")
+
+
+def _read_parts(
+    index: int, row: Row, to_parts: Callable[[Row], Parts], core: TextTokenizer
+) -> Parts | Excluded:
+    try:
+        parts = to_parts(row)
+        if any(core.control.search(text) for text, _ in parts):
+            raise Unusable("control token in text")
+    except Unusable as reason:
+        return Excluded(index, str(reason))
+    return parts
+
+
+# --------------------------------------------------------------------------------------- token ids
+
+
+def _encode_tokenised(rows: Sequence[Row], vocabulary_size: int) -> Iterator[Encoded | Excluded]:
+    for first, batch in row_batches(rows):
+        for index, row in enumerate(batch, first):
+            try:
+                ids, supervised = from_tokenised(row, vocabulary_size)
+                yield Encoded(index, ids, supervised, 0)
+            except Unusable as reason:
+                yield Excluded(index, str(reason))
+
+
+def from_tokenised(row: Row, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(input_ids int32, supervised bool), both [length].
+
+    `labels` repeat input_ids in place, not shifted, with -100 at tokens that are not trained on;
+    without them every token is. Raises Unusable.
+    """
+    ids = _integers(row, "input_ids")
+    if ids.min() < 0 or ids.max() >= vocabulary_size:
+        raise Unusable("input_ids has an id the tokenizer does not know")
+    supervised = np.ones(len(ids), dtype=bool)
+    if row.get("attention_mask") is not None:
+        mask = _integers(row, "attention_mask")
+        if len(mask) != len(ids) or not mask.all():
+            raise Unusable("attention_mask has zeros or another length: rows must not be padded")
+    if row.get("labels") is not None:
+        labels = _integers(row, "labels")
+        if len(labels) != len(ids):
+            raise Unusable("labels and input_ids differ in length")
+        supervised = labels != -100
+        if not np.array_equal(labels[supervised], ids[supervised]):
+            raise Unusable("labels differ from input_ids: they must be -100 or the same, unshifted")
+    return ids.astype(np.int32), supervised
+
+
+def _integers(row: Row, column: str) -> np.ndarray:
+    """Column `column` as int64 [length]."""
+    value = row.get(column)
+    try:
+        numbers = np.asarray(value)
+    except (ValueError, OverflowError):
+        numbers = np.empty(0)
+    if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
+        raise Unusable(f"{column} is {'missing' if value is None else 'not a list of integers'}")
+    return numbers.astype(np.int64)
