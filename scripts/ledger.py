@@ -60,7 +60,9 @@ def ledger_table(source: str, ledger: dict[str, Any], *, seq_len: int) -> str:
         notes.append(f"{ledger['overlong_truncated']:,} of them truncated")
     if ledger["stripped_reasoning_turns"]:
         turns = ledger["stripped_reasoning_turns"]
-        notes.append(f"{turns:,} assistant turns without the reasoning, as the template has it")
+        notes.append(
+            f"assistant turns without their reasoning, which the template strips: {turns:,}"
+        )
     rows += [
         ("", "overlong", ledger["overlong_dropped"], f"longer than {seq_len} tokens, dropped"),
         ("", "without labels", ledger["without_labels"], "nothing to predict"),
@@ -91,4 +93,4 @@ def ledger_table(source: str, ledger: dict[str, Any], *, seq_len: int) -> str:
 
 def _packed(ledger: dict[str, Any], seq_len: int) -> str:
     filled = 100 * ledger["tokens"] / (ledger["packed_rows"] * seq_len)
-    return f"{ledger['packed_rows']:,} rows of {seq_len:,}, {filled:.1f} % full"
+    return f"{ledger['packed_rows']:,} x {seq_len:,}, {filled:.1f} % full"

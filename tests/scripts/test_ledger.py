@@ -20,6 +20,7 @@ from scripts.ledger import (
     ledger_table,
     length_histogram,
 )
+from tests.support.job import train
 from tests.support.tiny import write_chat
 
 SEQ_LEN = 40
@@ -77,16 +78,28 @@ def test_the_table_shows_each_number_beside_its_reason(untidy: Path) -> None:
     assert max(line.count("█") for line in lines) == 30
 
 
+@pytest.mark.distributed
+def test_a_run_that_leaves_rows_out_shows_the_table_and_records_the_numbers(
+    untidy: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    given = [f"--data.path={untidy}", f"--data.seq_len={SEQ_LEN}", "--data.max_bad_rows_pct=10"]
+    quick = ["--steps=1", "--global_batch_size=2", "--checkpoint.export=false"]
+    run = tmp_path / "run"
+    result = train([*given, *quick], 1, cache_dir=cache_dir, output_dir=run)
+    assert result.returncode == 0, result.output
+    ledger = _ledger(untidy, "drop")
+    assert ledger_table(str(untidy), ledger, seq_len=SEQ_LEN) in result.stdout
+    assert json.loads((run / "run.json").read_text())["data"]["ledger"] == ledger
+
+
 def test_control_characters_of_a_reason_are_escaped() -> None:
-    ledger = complete_ledger_of_one_row() | {
-        "excluded": {"it says \x1b[2J": {"rows": 1, "first": [0]}}
-    }
+    ledger = _ledger_of_one_row() | {"excluded": {"it says \x1b[2J": {"rows": 1, "first": [0]}}}
     table = ledger_table("a\nfile", ledger, seq_len=8)
     assert "\x1b" not in table and "\\x1b[2J" in table and "a\\nfile" in table
     assert printable("é ​") == "é \\u200b"
 
 
-def complete_ledger_of_one_row() -> dict:
+def _ledger_of_one_row() -> dict:
     return {
         "rows_read": 1,
         "excluded": {},
@@ -109,7 +122,7 @@ def complete_ledger_of_one_row() -> dict:
 
 
 def test_only_what_is_not_trained_on_counts_as_left_out() -> None:
-    ledger = complete_ledger_of_one_row()
+    ledger = _ledger_of_one_row()
     assert not anything_left_out(ledger)
     assert anything_left_out(ledger | {"rows_read": 2})
     assert anything_left_out(ledger | {"overlong_truncated": 1})
