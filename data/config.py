@@ -39,8 +39,8 @@ class DataConfig:
     packing: Literal["best_fit", "none"] = "best_fit"
     """best_fit fills each row with whole conversations; none puts one conversation in a row."""
 
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    """What to do with a conversation longer than seq_len tokens; every case is counted."""
+    overlong: Literal["drop", "truncate", "split", "error"] = "drop"
+    """What to do with an example longer than seq_len tokens: split makes several of seq_len tokens of it; every case is counted."""
 
     max_bad_rows_pct: float = 1.0
     """Stop when more than this percentage of the rows cannot be used (malformed, or a mask that cannot be proven)."""

@@ -28,25 +28,33 @@ from data.sources import Source, explain_os_error
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _EXAMPLES_SHOWN = 5  # row numbers kept for each reason
 
 
 @dataclass
 class Ledger:
-    """Where every row and token of a source went. rows_read is the sum of the row counts below."""
+    """Where every row and token of a source went."""
 
     rows_read: int = 0
+    """The sum of the rows excluded, dropped, without labels and used."""
+
+    rows_used: int = 0
+    """Rows that became an example, or several."""
+
     examples: int = 0
     excluded: dict[str, dict[str, Any]] = field(default_factory=dict)
     """For each reason: rows, and `first`, the indices of the first few of them."""
 
     overlong_dropped: int = 0
     without_labels: int = 0
-    """Rows of which no supervised token is left to predict, after truncation."""
+    """Rows of which no supervised token is left to predict, after truncating or splitting."""
 
     overlong_truncated: int = 0
-    """Examples that lost their end; they are among `examples`."""
+    """Rows used without their end."""
+
+    overlong_split: int = 0
+    """Rows used in pieces of seq_len tokens and a rest. A piece without labels is no example."""
 
     tokens_read: int = 0
     """Tokens of all rows that were encoded; the sum of the four below."""
@@ -57,6 +65,8 @@ class Ledger:
     tokens_dropped: int = 0
     tokens_truncated: int = 0
     tokens_without_labels: int = 0
+    """Tokens of rows, and of pieces of split rows, that have no label."""
+
     supervised_tokens: int = 0
     """Labels of all examples: supervised tokens that have a token before them."""
 
@@ -219,21 +229,31 @@ def _write(
                     ledger.overlong_dropped += 1
                     ledger.tokens_dropped += length
                     continue
-                ids, supervised = ids[: config.seq_len], supervised[: config.seq_len]
-            labels = int(np.count_nonzero(supervised[1:]))
-            ledger.tokens_truncated += length - len(ids)
-            if labels == 0:
+                if config.overlong == "truncate":
+                    ids, supervised = ids[: config.seq_len], supervised[: config.seq_len]
+                    ledger.tokens_truncated += length - len(ids)
+            starts = range(0, len(ids), config.seq_len)  # one, unless a long example is split
+            examples_before = ledger.examples
+            for start in starts:
+                piece = ids[start : start + config.seq_len]
+                marks = supervised[start : start + config.seq_len]
+                labels = int(np.count_nonzero(marks[1:]))
+                if labels == 0:
+                    ledger.tokens_without_labels += len(piece)
+                    continue
+                ledger.examples += 1
+                ledger.tokens += len(piece)
+                ledger.supervised_tokens += labels
+                piece.tofile(ids_file)
+                marks.view(np.uint8).tofile(supervised_file)
+                lengths.append(len(piece))
+            if ledger.examples == examples_before:
                 ledger.without_labels += 1
-                ledger.tokens_without_labels += len(ids)
                 continue
-            ledger.examples += 1
-            ledger.tokens += len(ids)
+            ledger.rows_used += 1
             ledger.overlong_truncated += length > len(ids)
-            ledger.supervised_tokens += labels
+            ledger.overlong_split += len(starts) > 1
             ledger.stripped_reasoning_turns += result.stripped_reasoning_turns
-            ids.tofile(ids_file)
-            supervised.view(np.uint8).tofile(supervised_file)
-            lengths.append(len(ids))
     if not lengths:
         raise DataError(
             f"{source.name}: none of {ledger.rows_read} rows can be trained on "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from data import embedded
 from data.chat import Encoded, encode_conversations
@@ -59,7 +62,7 @@ def test_the_store_gives_back_what_was_encoded(tokenizer, cache_dir: Path) -> No
     assert store.lengths.dtype == np.int32
 
 
-@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "split"])
 def test_the_ledger_accounts_for_every_row_and_token(tokenizer, cache_dir, overlong) -> None:
     config = replace(CONFIG, overlong=overlong)
     folder = prepare_tokens(_source(MIXED), tokenizer, config, cache_dir=cache_dir)
@@ -71,7 +74,7 @@ def test_the_ledger_accounts_for_every_row_and_token(tokenizer, cache_dir, overl
     assert ledger.excluded == excluded
     assert ledger.rows_read == len(MIXED)
     assert ledger.rows_read == (
-        ledger.excluded_rows + ledger.overlong_dropped + ledger.without_labels + ledger.examples
+        ledger.excluded_rows + ledger.overlong_dropped + ledger.without_labels + ledger.rows_used
     )
     assert ledger.tokens_read == (
         ledger.tokens
@@ -86,8 +89,14 @@ def test_the_ledger_accounts_for_every_row_and_token(tokenizer, cache_dir, overl
     labels = sum(int(store.example(i)[1][1:].sum()) for i in range(len(store)))
     assert ledger.supervised_tokens == labels
     # The last row is cut before its answer: it has nothing to learn from, and is no example.
-    counts = (ledger.overlong_dropped, ledger.overlong_truncated, ledger.without_labels)
-    assert counts == ((2, 0, 0) if overlong == "drop" else (0, 1, 1))
+    counts = {
+        "drop": ledger.overlong_dropped,
+        "truncate": ledger.overlong_truncated,
+        "split": ledger.overlong_split,
+    }
+    expected = {"drop": (2, 0, 2), "truncate": (1, 1, 3), "split": (2, 0, 4)}[overlong]
+    assert (counts.pop(overlong), ledger.without_labels, ledger.rows_used) == expected
+    assert set(counts.values()) == {0}
     assert store.lengths.max() <= config.seq_len
 
 
@@ -100,6 +109,36 @@ def test_only_the_last_turn_is_trained_on_where_asked(tokenizer, cache_dir: Path
     (ids, supervised), ledger = open_tokens(folder).example(0), _ledger(folder)
     assert tokenizer.decode(ids[supervised].tolist()) == "two<|im_end|>"
     assert (ledger.examples, ledger.without_labels) == (1, 1)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.booleans(), min_size=1, max_size=40), min_size=1, max_size=4),
+    st.integers(2, 9),
+)
+def test_splitting_loses_and_repeats_no_token(tokenizer, marks: list[list[bool]], seq_len) -> None:
+    """Every label is kept but those of a piece's first token, and pieces without labels."""
+    rows, expected, next_id, split_rows = [], [], 3, 0
+    for row in marks:
+        ids = list(range(next_id, next_id + len(row)))
+        next_id += len(row)
+        labels = [i if mark else -100 for i, mark in zip(ids, row, strict=True)]
+        rows.append({"input_ids": ids, "labels": labels})
+        examples_before = len(expected)
+        for start in range(0, len(row), seq_len):
+            piece = row[start : start + seq_len]
+            if any(piece[1:]):
+                expected.append((ids[start : start + seq_len], piece))
+        split_rows += len(row) > seq_len and len(expected) > examples_before
+    assume(expected)
+    config = replace(CONFIG, seq_len=seq_len, overlong="split")
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_tokens(prepare_tokens(_source(rows), tokenizer, config, cache_dir=folder))
+        found = [store.example(index) for index in range(len(store))]
+        assert [(ids.tolist(), marks.tolist()) for ids, marks in found] == expected
+    ledger = Ledger(**store.meta["ledger"])
+    assert ledger.tokens + ledger.tokens_without_labels == ledger.tokens_read == next_id - 3
+    assert ledger.overlong_split == split_rows
 
 
 def test_overlong_can_be_an_error(tokenizer, cache_dir: Path) -> None:
@@ -159,6 +198,7 @@ def test_whatever_changes_the_bytes_changes_the_folder(tokenizer, cache_dir: Pat
             (_source(MIXED), other_tokens, CONFIG),
             (_source(MIXED), tokenizer, replace(CONFIG, seq_len=63)),
             (_source(MIXED), tokenizer, replace(CONFIG, overlong="truncate")),
+            (_source(MIXED), tokenizer, replace(CONFIG, overlong="split")),
             (_source(MIXED), tokenizer, replace(CONFIG, train_on="last")),
             (_source(MIXED), tokenizer, replace(CONFIG, format="messages")),
         ]
