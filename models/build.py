@@ -74,7 +74,10 @@ def read_model_config(
         raise ModelError(
             "model.overrides changes the architecture, so it needs --model.init random"
         )
-    return _parsed(CONFIG_CLASSES[model_type], values, config, str(file))
+    hf_config = _parsed(CONFIG_CLASSES[model_type], values, config, str(file))
+    if config.add_special_tokens:
+        grow_vocabulary(hf_config, tokenizer)
+    return hf_config
 
 
 def _parsed(

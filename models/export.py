@@ -26,6 +26,7 @@ def export_model(
     *,
     dtype: torch.dtype,
     is_writer: bool,
+    source: Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write the model so that `AutoModelForCausalLM.from_pretrained(folder)` and vLLM load it.
@@ -39,6 +40,7 @@ def export_model(
         folder: where the export goes.
         dtype: floating-point type on disk.
         is_writer: True on exactly one rank.
+        source: folder of the model that was trained; its sampling settings are kept.
         max_shard_bytes: a new file is begun when one would grow beyond this.
 
     Raises:
@@ -97,9 +99,11 @@ def export_model(
         hf_config.bos_token_id = None
         hf_config.pad_token_id = tokenizer.pad_token_id
         hf_config.save_pretrained(staging)
-        GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(
-            staging
-        )
+        generation = GenerationConfig()
+        if source is not None and (source / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(source)
+        generation.update(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+        generation.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         _replace(folder, staging)
     except OSError as error:

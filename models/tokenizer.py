@@ -9,6 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from models.errors import ModelError
 
+END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
+
 
 def load_tokenizer(
     folder: Path, *, cache_dir: Path, add_special_tokens: Sequence[str] = ()
@@ -41,16 +43,22 @@ def load_tokenizer(
             f"{folder} has only a slow tokenizer; masks need character offsets (tokenizer.json)"
         )
     if add_special_tokens:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(add_special_tokens)})
+        tokenizer.add_tokens(list(add_special_tokens), special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    if END_OF_TURN in vocabulary and END_OF_TURN in str(tokenizer.chat_template):
+        # Base models end a text, not a turn; what is trained on chat has to stop where a turn stops.
+        tokenizer.eos_token = END_OF_TURN
+    if tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer in {folder} has no end-of-text token (eos_token)")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = END_OF_TEXT if END_OF_TEXT in vocabulary else tokenizer.eos_token
     return tokenizer
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids at which generation ends: the end of a turn first, then the end of text."""
     ids = []
-    for token in ("<|im_end|>", tokenizer.eos_token, "<|endoftext|>"):
+    for token in (tokenizer.eos_token, END_OF_TEXT):
         if token is not None and token in tokenizer.get_vocab():
             ids.append(tokenizer.convert_tokens_to_ids(token))
     return list(dict.fromkeys(ids))

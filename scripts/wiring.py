@@ -37,7 +37,7 @@ from models.tokenizer import load_tokenizer
 from models.weights import LoadReport, load_weights
 from scripts import reporting
 from scripts.config import TrainConfig
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint import Checkpointer, complete_checkpoints
 from trainer.config import ParallelConfig
 from trainer.distributed import Ranks, max_over_ranks, once_per_node, raise_together, start
 from trainer.errors import TrainError
@@ -365,14 +365,18 @@ def resume(job: Job, checkpointer: Checkpointer, order: dict[str, Any]) -> Progr
         TrainError: `--resume never` would mix two runs; or the checkpoint counts samples in another order.
     """
     wanted = job.config.resume
-    checkpoint = checkpointer.newest() if wanted in ("auto", "never") else Path(wanted)
+    if wanted == "never":
+        held = complete_checkpoints(checkpointer.folder)
+        raise_together(
+            f"{job.output_dir} already holds {held[-1].name} and checkpoints are never overwritten; "
+            "give another --output_dir, or continue with --resume auto"
+            if held
+            else None
+        )
+        return Progress()
+    checkpoint = checkpointer.newest() if wanted == "auto" else Path(wanted)
     if checkpoint is None:
         return Progress()
-    if wanted == "never":
-        raise TrainError(
-            f"{job.output_dir} already holds {checkpoint.name} and checkpoints are never overwritten; "
-            "give another --output_dir, or continue with --resume auto"
-        )
     state = checkpointer.restore(checkpoint)
     changed = [
         f"{key} was {state['order'].get(key)}, is {value}"
@@ -430,6 +434,7 @@ def export(job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase) 
             job.output_dir / "export",
             dtype=DTYPES[job.config.model.dtype],
             is_writer=job.ranks.is_first,
+            source=Path(job.prepared["model"]) if job.prepared["model"] else None,
         )
     except (OSError, ValueError) as reason:
         error = str(reason)

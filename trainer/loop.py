@@ -39,8 +39,8 @@ class Progress:
 class Speedometer:
     """What turns tokens and seconds into shares of the machine."""
 
-    flops: Callable[[float, float], float]
-    """Model FLOPs of forward and backward, given real tokens and the sum of squared document lengths."""
+    flops: Callable[[float, float, float], float]
+    """Model FLOPs of forward and backward, given real tokens, labels and the sum of squared document lengths."""
     peak_flops: float | None
     """Of all ranks together."""
 
@@ -222,7 +222,8 @@ class Window:
             [self._seconds, self._data_wait_seconds, peak_memory_gib(device)]
         )
         tokens, padding_tokens, valid_tokens, squared_lengths = self._counts
-        flops, peak = self._speedometer.flops(tokens, squared_lengths), self._speedometer.peak_flops
+        flops = self._speedometer.flops(tokens, valid_tokens, squared_lengths)
+        peak = self._speedometer.peak_flops
         return {
             "loss": loss_sum / max(valid_tokens, 1),
             "valid_tokens": int(valid_tokens),

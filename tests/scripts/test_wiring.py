@@ -39,7 +39,7 @@ def test_a_global_batch_that_cannot_be_divided_names_what_can() -> None:
     config = TrainConfig(micro_batch_size=4, global_batch_size=12)
     with pytest.raises(TrainError, match=r"12 is not divisible .* x 2 ranks = 8; use 8 or 16"):
         batch_sizes(config, 2)
-    with pytest.raises(TrainError, match="use 4$"):
+    with pytest.raises(TrainError, match=r"use 4$"):
         batch_sizes(replace(config, micro_batch_size=None, global_batch_size=3), 4)
 
 

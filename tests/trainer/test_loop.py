@@ -96,7 +96,9 @@ class _Recorder:
             log=self.rows.append,
             advance=self._advance,
             stop=self.stop,
-            speedometer=Speedometer(lambda tokens, squares: tokens + squares, 1000.0),
+            speedometer=Speedometer(
+                lambda tokens, labels, squares: tokens + labels + squares, 1000.0
+            ),
             **{"evaluate_every": 0, "save_every": 0, "log_every": 1, **self.options, **options},
         )
 
