@@ -212,8 +212,8 @@ def test_only_damaged_checkpoints_do_not_start_over(job: Job, tmp_path: Path) ->
     ("number", "nproc", "whole_group"),
     [
         pytest.param(signal.SIGTERM, 1, False, id="SIGTERM-python"),
-        pytest.param(signal.SIGINT, 1, True, id="ctrl-C-python"),
-        pytest.param(signal.SIGTERM, 2, False, id="SIGTERM-torchrun"),
+        pytest.param(signal.SIGINT, 1, True, id="ctrl-C-python", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, False, id="SIGTERM-torchrun", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 2, True, id="ctrl-C-torchrun"),
     ],
 )
