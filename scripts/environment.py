@@ -124,7 +124,7 @@ def _keep_saved_token() -> None:
 
 
 def _quiet_libraries() -> None:
-    """No telemetry, errors only, bars on rank 0 only. A verbosity that the shell set stays."""
+    """No telemetry, errors only, bars on a terminal and rank 0 only. A verbosity that the shell set stays."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
     os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
@@ -133,7 +133,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Threads of the tokenizer do not survive the fork of a worker process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
         for name in ("HF_HUB", "HF_DATASETS"):
             os.environ[f"{name}_DISABLE_PROGRESS_BARS"] = "1"
         os.environ["TQDM_DISABLE"] = "1"

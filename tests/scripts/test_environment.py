@@ -13,7 +13,7 @@ import pytest
 
 from scripts.command_line import CommandLineError
 from scripts.environment import remove_launcher_folders, use_cache_dir
-from tests.support.command import clean_environment, run_command
+from tests.support.command import ROOT, clean_environment, run_command
 
 
 @pytest.fixture(autouse=True)
@@ -80,15 +80,25 @@ def test_every_library_lands_in_the_folder_whatever_the_shell_said(tmp_path: Pat
     assert seen["paths"]["HF_HUB_CACHE"] == str(cache / "hub")
     assert seen["paths"]["HF_DATASETS_CACHE"] == str(cache / "datasets")
     assert seen["token"] is None and not seen["telemetry"]
-    assert seen["bars"] and seen["data_bars"]
+    assert not seen["bars"] and not seen["data_bars"]  # in a log they would be thousands of lines
     assert not Path(elsewhere).exists()
     for folder in ("home", "xdg", "tmp"):
         assert not list((tmp_path / folder).rglob("*")), folder
 
 
-def test_progress_bars_are_for_rank_0(tmp_path: Path) -> None:
-    seen = python(PATHS, tmp_path, CACHE=str(tmp_path / "cache"), RANK="1")
-    assert not seen["bars"] and not seen["data_bars"]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_progress_bars_are_for_rank_0_on_a_terminal(tmp_path: Path, rank: int) -> None:
+    env = clean_environment(tmp_path) | {"CACHE": str(tmp_path / "cache"), "RANK": str(rank)}
+    ours, terminal = os.openpty()
+    try:
+        output = subprocess.check_output(
+            [sys.executable, "-c", PATHS], env=env, cwd=ROOT, stderr=terminal, timeout=120
+        )
+    finally:
+        os.close(ours)
+        os.close(terminal)
+    seen = json.loads(output)
+    assert seen["bars"] == seen["data_bars"] == (rank == 0)
 
 
 TOKEN = """
