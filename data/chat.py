@@ -6,9 +6,9 @@ proven, row by row:
 1. A probe conversation shows how the template opens an assistant turn (its header), what a prompt
    for one ends with, and which control token ends it.
 2. A row is rendered once. Control tokens can only come from the template, because a row whose own
-   text spells one is excluded; so every header in the output opens an assistant turn, and the first
-   end token after it closes that turn. Templates whose header has no control token are matched by
-   rendering the conversation up to each turn instead.
+   text spells one is excluded, or rendered with it disguised; so every header in the output opens
+   an assistant turn, and the first end token after it closes that turn. Templates whose header has
+   no control token are matched by rendering the conversation up to each turn instead.
 3. The turn must hold what the message says, no token may cross its borders, and the marked ids must
    decode to exactly the text of the turn. A row that fails any of this is excluded with a reason.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+_DISGUISE = "\ue000"  # a private-use character, for the first of a control token that is only text
 BATCH_ROWS = 256  # rows rendered while the ones before are tokenised
 
 
@@ -81,7 +83,34 @@ class _Rendered:
     turns: tuple[_Turn, ...]
     """Those that are trained on."""
 
+    controls: tuple[tuple[int, int], ...] | None
+    """Character spans of the template's control tokens, where the row's own text spells some too."""
+
     stripped_reasoning_turns: int
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Encodings of consecutive pieces of one text, to be asked like one Encoding."""
+
+    parts: tuple[Encoding, ...]
+    first_characters: tuple[int, ...]
+    first_tokens: tuple[int, ...]
+
+    @property
+    def ids(self) -> list[int]:
+        return [token for part in self.parts for token in part.ids]
+
+    def char_to_token(self, character: int) -> int | None:
+        place = bisect_right(self.first_characters, character) - 1
+        token = self.parts[place].char_to_token(character - self.first_characters[place])
+        return None if token is None else self.first_tokens[place] + token
+
+    def token_to_chars(self, token: int) -> tuple[int, int] | None:
+        place = bisect_right(self.first_tokens, token) - 1
+        span = self.parts[place].token_to_chars(token - self.first_tokens[place])
+        first = self.first_characters[place]
+        return None if span is None else (first + span[0], first + span[1])
 
 
 class Unusable(Exception):
@@ -94,15 +123,17 @@ def encode_conversations(
     *,
     to_conversation: Callable[[Row], Row] | None = None,
     train_on: Literal["all", "last"] = "all",
+    control_tokens: Literal["exclude", "plain"] = "exclude",
 ) -> Iterator[Encoded | Excluded]:
     """One result for every row, in order: its ids and marks, or the reason it has none.
 
     A row is {"messages": [{"role", "content", ...}, ...]} and may have "tools"; `to_conversation`
     makes that of a row that is not, or raises Unusable. Of its assistant turns all or the last are
-    trained on, but for those with "train": false. Raises DataError if the tokenizer has no chat
+    trained on, but for those with "train": false. A row whose text spells a control token is
+    excluded, or the token is taken for plain text. Raises DataError if the tokenizer has no chat
     template, or one whose assistant turns cannot be told apart.
     """
-    template = ChatTemplate(tokenizer, train_on=train_on)
+    template = ChatTemplate(tokenizer, train_on=train_on, control_tokens=control_tokens)
     # The tokenizer leaves the interpreter lock, so the next rows are rendered meanwhile.
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = None
@@ -139,15 +170,26 @@ class TextTokenizer:
         self.backend.no_truncation()
         # Tags such as <think> are added tokens too, but ordinary words of the model: a message may
         # hold them. <|...|> is structure even where a tokenizer does not call it special.
-        control = [
-            token.content
-            for token in self.backend.get_added_tokens_decoder().values()
+        control = {
+            token.content: number
+            for number, token in self.backend.get_added_tokens_decoder().items()
             if token.content and (token.special or token.content.startswith(("<|", "<\uff5c")))
-        ]
+        }
         if not control:
             raise DataError("the tokenizer has no control tokens; masks cannot be proven with it")
         longest_first = sorted(control, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)))
+        self.control_ids = frozenset(control.values())
+        self._control_texts = list(control)
+
+    @cached_property
+    def as_text(self) -> Tokenizer:
+        """The same tokenizer, but for it a control token is text like any other."""
+        tokenizer = Tokenizer.from_str(self.backend.to_str())
+        # It can pass over special tokens, so all of them must be.
+        tokenizer.add_special_tokens(self._control_texts)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def same(self, decoded: str, text: str) -> bool:
         """Equal but for what this tokenizer's normaliser and decoder do to any text."""
@@ -165,10 +207,15 @@ class ChatTemplate:
     """A tokenizer's chat template, and what a probe of it has shown."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, train_on: Literal["all", "last"] = "all"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        train_on: Literal["all", "last"] = "all",
+        control_tokens: Literal["exclude", "plain"] = "exclude",
     ) -> None:
         self._tokenizer = tokenizer
         self._train_on = train_on
+        self._control_tokens = control_tokens
         self._text = TextTokenizer(tokenizer)
         self._control = self._text.control
         if not tokenizer.chat_template:
@@ -208,6 +255,13 @@ class ChatTemplate:
         ids = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
         if ids != self._text.backend.encode(text, add_special_tokens=False).ids:
             raise DataError("tokenizer.json and apply_chat_template disagree about a conversation")
+        if self._control_tokens == "plain":
+            controls = tuple(match.span() for match in self._control.finditer(text))
+            if self._tokenise_between(text, controls).ids != ids:
+                raise DataError(
+                    "data.control_tokens=plain: this tokenizer's control tokens change the tokens "
+                    "beside them; use exclude"
+                )
 
     def _apply(self, messages: list[dict], tools: Any = None, *, prompt: bool = False) -> str:
         text = self._tokenizer.apply_chat_template(
@@ -236,10 +290,13 @@ class ChatTemplate:
         flags = [message.pop("train", True) for message in messages]
         if not all(isinstance(flag, bool) for flag in flags):
             raise Unusable("train is not true or false")
-        if any(self._control.search(text) for text in _strings([messages, tools])):
-            raise Unusable("control token in text")
+        spelled = any(self._control.search(text) for text in _strings([messages, tools]))
+        as_written = messages, tools
+        if spelled:
+            messages, tools = self._disguise(messages, tools)
         try:
             text = self._apply(messages, tools)
+            as_shown = self._apply(*as_written) if spelled else text
             spans = self._find_turns(messages, tools, text)
         except Unusable:
             raise
@@ -266,7 +323,27 @@ class ChatTemplate:
             if message["role"] in ("system", "user")
         ):
             raise Unusable("the chat template changes the text of a message")
-        return _Rendered(index, text, tuple(trained), stripped)
+        controls = None
+        if spelled:
+            pairs = zip(text, as_shown, strict=False)
+            if len(text) != len(as_shown) or any(a not in (b, _DISGUISE) for a, b in pairs):
+                raise Unusable("the chat template takes a control token in text for its own")
+            controls = tuple(match.span() for match in self._control.finditer(text))
+        return _Rendered(index, as_shown, tuple(trained), controls, stripped)
+
+    def _disguise(self, messages: list[dict], tools: Any) -> tuple[list[dict], Any]:
+        """Both with another first character in every control token, so that lengths stay."""
+        disguised: Any = _map_strings(
+            [messages, tools],
+            lambda text: self._control.sub(lambda match: _DISGUISE + match.group()[1:], text),
+        )
+        if (
+            self._control_tokens == "exclude"
+            or any(_DISGUISE in text for text in _strings([messages, tools]))
+            or any(self._control.search(text) for text in _strings(disguised))
+        ):
+            raise Unusable("control token in text")
+        return disguised[0], disguised[1]
 
     def _find_turns(self, messages: list[dict], tools: Any, text: str) -> tuple[_Turn, ...]:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -296,13 +373,36 @@ class ChatTemplate:
 
     # ---------------------------------------------------------------------------- tokenise and mark
 
-    def tokenise(self, rendered: list[_Rendered | Excluded]) -> list[Encoding]:
+    def tokenise(self, rendered: list[_Rendered | Excluded]) -> list[Encoding | _Joined]:
         """Encodings of the rows that have a text, on all cores."""
-        texts = [item.text for item in rendered if isinstance(item, _Rendered)]
-        return self._text.backend.encode_batch(texts, add_special_tokens=False)
+        items = [item for item in rendered if isinstance(item, _Rendered)]
+        texts = [item.text for item in items if item.controls is None]
+        whole = iter(self._text.backend.encode_batch(texts, add_special_tokens=False))
+        return [
+            next(whole)
+            if item.controls is None
+            else self._tokenise_between(item.text, item.controls)
+            for item in items
+        ]
+
+    def _tokenise_between(self, text: str, controls: tuple[tuple[int, int], ...]) -> _Joined:
+        """The control tokens at `controls`, and between them nothing but text."""
+        pieces, position = [], 0
+        for begin, end in (*controls, (len(text), len(text))):
+            pieces.append((position, text[position:begin], self._text.as_text))
+            pieces.append((begin, text[begin:end], self._text.backend))
+            position = end
+        parts, first_characters, first_tokens, count = [], [], [], 0
+        for first, piece, tokenizer in pieces:
+            if piece:
+                parts.append(tokenizer.encode(piece, add_special_tokens=False))
+                first_characters.append(first)
+                first_tokens.append(count)
+                count += len(parts[-1].ids)
+        return _Joined(tuple(parts), tuple(first_characters), tuple(first_tokens))
 
     def mark(
-        self, rendered: list[_Rendered | Excluded], encodings: list[Encoding]
+        self, rendered: list[_Rendered | Excluded], encodings: list[Encoding | _Joined]
     ) -> list[Encoded | Excluded]:
         """Mark the tokens of the assistant turns and prove that they are those and no others."""
         results: list[Encoded | Excluded] = []
@@ -315,6 +415,11 @@ class ChatTemplate:
                 continue
             encoding = next(remaining)
             ids = encoding.ids
+            if item.controls is not None:
+                acting = sum(token in self._text.control_ids for token in ids)
+                if acting != len(item.controls):
+                    results.append(Excluded(item.row, "control token in text"))
+                    continue
             supervised = np.zeros(len(ids), dtype=bool)
             for turn in item.turns:
                 borders = [_token_at_border(encoding, start) for start in turn.starts]
@@ -345,7 +450,7 @@ class ChatTemplate:
         return results
 
 
-def _token_at_border(encoding: Encoding, start: int) -> int | None:
+def _token_at_border(encoding: Encoding | _Joined, start: int) -> int | None:
     """The token that begins at character `start`; None where one crosses it."""
     token = encoding.char_to_token(start)
     span = None if token is None else encoding.token_to_chars(token)
@@ -428,6 +533,16 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(str(key)): _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_strings(item, change) for item in value]
+    return value
 
 
 def _split_reasoning(message: dict[str, Any]) -> tuple[str, str]:

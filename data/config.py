@@ -33,6 +33,9 @@ class DataConfig:
     train_on: Literal["all", "last"] = "all"
     """Assistant turns that are trained on: all, or the last of each conversation; never one whose message has "train": false."""
 
+    control_tokens: Literal["exclude", "plain"] = "exclude"
+    """A row whose text spells a control token such as <|im_end|>: leave it out, or take the token for plain text."""
+
     seq_len: int = 4096
     """Tokens per packed row."""
 

@@ -6,8 +6,9 @@ token ids are used as they are: no template touches them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -65,11 +66,15 @@ def encode_rows(
     if chosen == "tokenised":
         return _encode_tokenised(rows, vocabulary_size=len(tokenizer))
     if chosen == "text":
-        return _encode_texts(rows, tokenizer, text_parts)
+        return _encode_texts(rows, tokenizer, text_parts, config.control_tokens)
     if chosen == "prompt_completion" and isinstance(_first_value(rows, "prompt"), str):
-        return _encode_texts(rows, tokenizer, prompt_completion_parts)
+        return _encode_texts(rows, tokenizer, prompt_completion_parts, config.control_tokens)
     return encode_conversations(
-        rows, tokenizer, to_conversation=_TO_CONVERSATION[chosen], train_on=config.train_on
+        rows,
+        tokenizer,
+        to_conversation=_TO_CONVERSATION[chosen],
+        train_on=config.train_on,
+        control_tokens=config.control_tokens,
     )
 
 
@@ -174,7 +179,10 @@ def _text(row: Row, column: str) -> str:
 
 
 def _encode_texts(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, to_parts: Callable[[Row], Parts]
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    to_parts: Callable[[Row], Parts],
+    control_tokens: Literal["exclude", "plain"],
 ) -> Iterator[Encoded | Excluded]:
     """The parts' tokens one after the other, and the end-of-sequence token.
 
@@ -184,10 +192,15 @@ def _encode_texts(
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no eos_token, which must end every text; set one")
     core, end = TextTokenizer(tokenizer), [tokenizer.eos_token_id]
+    plain = control_tokens == "plain"
+    encoder = core.as_text if plain else core.backend
     for first, batch in row_batches(rows):
-        read = [_read_parts(index, row, to_parts, core) for index, row in enumerate(batch, first)]
+        read = [
+            _read_parts(index, row, to_parts, None if plain else core.control)
+            for index, row in enumerate(batch, first)
+        ]
         texts = [text for parts in read if isinstance(parts, list) for text, _ in parts]
-        encodings = core.backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
         ids_of_texts = [encoding.ids for encoding in encodings]
         decoded = core.backend.decode_batch(ids_of_texts, skip_special_tokens=False)
         remaining = zip(texts, ids_of_texts, decoded, strict=True)
@@ -199,7 +212,7 @@ def _encode_texts(
             for (_, trained), (text, part, back) in zip(parts, remaining, strict=False):
                 ids += part
                 supervised += [trained] * len(part)
-                proven = proven and core.same(back, text)
+                proven = proven and core.control_ids.isdisjoint(part) and core.same(back, text)
             if proven:
                 marks = np.array([*supervised, True], dtype=bool)
                 yield Encoded(index, np.array(ids + end, dtype=np.int32), marks, 0)
@@ -208,11 +221,11 @@ def _encode_texts(
 
 
 def _read_parts(
-    index: int, row: Row, to_parts: Callable[[Row], Parts], core: TextTokenizer
+    index: int, row: Row, to_parts: Callable[[Row], Parts], forbidden: re.Pattern[str] | None
 ) -> Parts | Excluded:
     try:
         parts = to_parts(row)
-        if any(core.control.search(text) for text, _ in parts):
+        if forbidden and any(forbidden.search(text) for text, _ in parts):
             raise Unusable("control token in text")
     except Unusable as reason:
         return Excluded(index, str(reason))

@@ -192,6 +192,7 @@ def tokens_key(
         ),
         "data_format": config.format,
         "train_on": config.train_on,
+        "control_tokens": config.control_tokens,
         "seq_len": config.seq_len,
         "overlong": config.overlong,
         "transformers": transformers.__version__,

@@ -219,6 +219,22 @@ def test_qwen3_prompt_and_completion_are_tokenised_as_generation_sees_them(qwen3
         assert result.supervised.tolist() == [False] * len(before) + [True] * len(after)
 
 
+@pytest.mark.parametrize("spelled", ["<|im_end|>", "<|endoftext|>", "<|fim_prefix|>"])
+def test_qwen3_control_tokens_in_texts_can_be_plain(qwen3, spelled: str) -> None:
+    for row in ({"text": f"a{spelled}b"}, {"prompt": f"a{spelled}", "completion": f"{spelled}b"}):
+        assert reason(qwen3, row) == "control token in text"
+        whole, _ = whole_and_supervised(qwen3, row, control_tokens="plain")
+        assert whole == "".join(row.values()) + qwen3.eos_token
+        (result,) = results(qwen3, [row], control_tokens="plain")
+        assert isinstance(result, Encoded)
+        assert qwen3.convert_tokens_to_ids(spelled) not in result.input_ids[:-1].tolist()
+    (result,) = results(qwen3, [{"text": "a<|im_end|><think>"}], control_tokens="plain")
+    assert isinstance(result, Encoded)
+    tokens = qwen3.convert_ids_to_tokens(result.input_ids[:-1].tolist())
+    # <think> is a word a text may hold, not structure.
+    assert tokens == ["a", "<", "|", "im", "_end", "|", ">", "<think>"]
+
+
 def test_texts_need_no_chat_template_but_an_end() -> None:
     tokenizer = embedded.build_tokenizer()
     tokenizer.chat_template = None

@@ -200,6 +200,7 @@ def test_whatever_changes_the_bytes_changes_the_folder(tokenizer, cache_dir: Pat
             (_source(MIXED), tokenizer, replace(CONFIG, overlong="truncate")),
             (_source(MIXED), tokenizer, replace(CONFIG, overlong="split")),
             (_source(MIXED), tokenizer, replace(CONFIG, train_on="last")),
+            (_source(MIXED), tokenizer, replace(CONFIG, control_tokens="plain")),
             (_source(MIXED), tokenizer, replace(CONFIG, format="messages")),
         ]
     ]
