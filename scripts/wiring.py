@@ -228,7 +228,7 @@ def prepare(config: TrainConfig, cache_dir: Path, *, to_train: bool = True) -> d
             chosen.name,
             revision=chosen.revision,
             cache_dir=cache_dir,
-            only_tokenizer=not to_train and chosen.tokenizer is None,
+            only_tokenizer=(not to_train or chosen.init == "random") and chosen.tokenizer is None,
         )
         model_folder, model_commit = fetched.path, fetched.commit
     elif chosen.path is not None:
