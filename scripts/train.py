@@ -6,6 +6,7 @@ python scripts/train.py --cache_dir DIR     (one process)
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -42,6 +43,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         leave(ranks)
         return 2 if isinstance(error, CommandLineError) else 1
+    except KeyboardInterrupt:  # before the first step, or a second one while the state is saved
+        if os.environ.get("RANK", "0") == "0":
+            print("train.py: interrupted", file=sys.stderr, flush=True)
+        return 130
     finally:
         remove_launcher_folders()
 

@@ -262,6 +262,21 @@ def test_a_stopped_run_saves_and_goes_on(
     assert [row["step"] for row in read_rows(output_dir)] == list(range(1, end + 1))
 
 
+def test_ctrl_c_before_the_first_step_is_one_line(job: Job, tmp_path: Path) -> None:
+    cache_dir = tmp_path / "cache"
+
+    result = start_and_signal(
+        [f"--cache_dir={cache_dir}", f"--output_dir={tmp_path / 'out'}", *job.args],
+        signal.SIGINT,
+        cache_dir.exists,  # made before the libraries are imported
+        whole_group=True,
+        timeout=60,
+        env=clean_environment(tmp_path / "private"),
+    )
+
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "train.py: interrupted\n")
+
+
 def _contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
