@@ -131,7 +131,7 @@ _MISTAKES: list[tuple[Callable[[Inputs], list[str]], str]] = [
     (_no_template, "chat template"),
     (_empty_data, "chat.jsonl: empty"),
     (_broken_line, "chat.jsonl:41: broken JSON"),
-    (_other_columns, "chat.jsonl: the columns body f"),
+    (_other_columns, "chat.jsonl: the columns body"),
     (_few_rows, "fewer than global_batch_size=8"),
     (_file_as_output, "--output_dir"),
 ]
