@@ -66,9 +66,11 @@ def encode_rows(
     if chosen == "tokenised":
         return _encode_tokenised(rows, vocabulary_size=len(tokenizer))
     if chosen == "text":
-        return _encode_texts(rows, tokenizer, text_parts, config.control_tokens)
+        end = _end_of_text(tokenizer)
+        return _encode_texts(rows, tokenizer, text_parts, config.control_tokens, end)
     if chosen == "prompt_completion" and isinstance(_first_value(rows, "prompt"), str):
-        return _encode_texts(rows, tokenizer, prompt_completion_parts, config.control_tokens)
+        end = tokenizer.get_vocab().get(str(tokenizer.eos_token))
+        return _encode_texts(rows, tokenizer, prompt_completion_parts, config.control_tokens, end)
     return encode_conversations(
         rows,
         tokenizer,
@@ -183,15 +185,16 @@ def _encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     to_parts: Callable[[Row], Parts],
     control_tokens: Literal["exclude", "plain"],
+    end_id: int | None,
 ) -> Iterator[Encoded | Excluded]:
-    """The parts' tokens one after the other, and the end-of-sequence token.
+    """The parts' tokens one after the other, and the token that ends them.
 
     Each part is tokenised alone: a prompt then has the tokens that it has when one generates from
     it, whatever the completion begins with.
     """
-    if tokenizer.eos_token_id is None:
+    if end_id is None:
         raise DataError("the tokenizer has no eos_token, which must end every text; set one")
-    core, end = TextTokenizer(tokenizer), [tokenizer.eos_token_id]
+    core, end = TextTokenizer(tokenizer), [end_id]
     plain = control_tokens == "plain"
     encoder = core.as_text if plain else core.backend
     for first, batch in row_batches(rows):
@@ -218,6 +221,12 @@ def _encode_texts(
                 yield Encoded(index, np.array(ids + end, dtype=np.int32), marks, 0)
             else:
                 yield Excluded(index, "the tokens do not decode to the text")
+
+
+def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Qwen ends a document with a token of its own; eos_token may be the end of a turn."""
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary.get("<|endoftext|>", vocabulary.get(str(tokenizer.eos_token)))
 
 
 def _read_parts(

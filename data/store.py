@@ -28,7 +28,7 @@ from data.sources import Source, explain_os_error
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _EXAMPLES_SHOWN = 5  # row numbers kept for each reason
 
 

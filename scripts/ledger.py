@@ -45,7 +45,11 @@ def length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
 
 def anything_left_out(ledger: dict[str, Any]) -> bool:
     """Whether a row, or a part of one, is not trained on."""
-    return ledger["examples"] < ledger["rows_read"] or ledger["overlong_truncated"] > 0
+    return (
+        ledger["rows_used"] < ledger["rows_read"]
+        or ledger["overlong_truncated"] > 0
+        or ledger["tokens_without_labels"] > 0
+    )
 
 
 def ledger_table(source: str, ledger: dict[str, Any], *, seq_len: int) -> str:
@@ -56,6 +60,8 @@ def ledger_table(source: str, ledger: dict[str, Any], *, seq_len: int) -> str:
         more = ", ..." if entry["rows"] > len(entry["first"]) else ""
         rows.append(("", "excluded", entry["rows"], f"{reason} (rows {first}{more})"))
     notes = []
+    if ledger["overlong_split"]:
+        notes.append(f"{ledger['overlong_split']:,} of them split, {ledger['examples']:,} in all")
     if ledger["overlong_truncated"]:
         notes.append(f"{ledger['overlong_truncated']:,} of them truncated")
     if ledger["stripped_reasoning_turns"]:
@@ -66,7 +72,7 @@ def ledger_table(source: str, ledger: dict[str, Any], *, seq_len: int) -> str:
     rows += [
         ("", "overlong", ledger["overlong_dropped"], f"longer than {seq_len} tokens, dropped"),
         ("", "without labels", ledger["without_labels"], "nothing to predict"),
-        ("", "examples", ledger["examples"], "; ".join(notes)),
+        ("", "used", ledger["rows_used"], "; ".join(notes)),
         ("tokens", "read", ledger["tokens_read"], ""),
         ("", "truncated", ledger["tokens_truncated"], "ends of overlong rows"),
         ("", "dropped", ledger["tokens_dropped"], "overlong rows"),

@@ -56,7 +56,7 @@ def header(
     rows = {
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
         f"{human(parameters)} parameters, {weights or 'random weights'}",
-        "data": f"{tokens.meta['source']}: {ledger['rows_read']:,} rows, {ledger['examples']:,} used, "
+        "data": f"{tokens.meta['source']}: {ledger['rows_read']:,} rows, {ledger['rows_used']:,} used, "
         f"{ledger['tokens']:,} tokens, {100 * ledger['supervised_tokens'] / ledger['tokens']:.0f} % supervised",
         "packing": f"{len(packs):,} rows of {seq_len} tokens, {filled:.1f} % full",
         "run": f"{steps:,} steps of {job.global_batch_size} rows "

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -223,6 +224,10 @@ def prepare(config: TrainConfig, cache_dir: Path, *, to_train: bool = True) -> d
         DataError, ModelError: what the user can mend.
     """
     chosen, model_folder, model_commit = config.model, None, None
+    for name in (chosen.name, config.data.name):
+        if name is not None:
+            # A download may take an hour, and its bar is only seen on a terminal.
+            print(f"fetching {name} to {cache_dir}", file=sys.stderr, flush=True)
     if chosen.name is not None:
         fetched = fetch_model(
             chosen.name,
@@ -378,10 +383,11 @@ def resume(job: Job, checkpointer: Checkpointer, order: dict[str, Any]) -> Progr
     if checkpoint is None:
         return Progress()
     state = checkpointer.restore(checkpoint)
+    was, now = _flat(state["order"]), _flat(order)
     changed = [
-        f"{key} was {state['order'].get(key)}, is {value}"
-        for key, value in order.items()
-        if state["order"].get(key) != value
+        f"{key} was {was.get(key)}, is {now.get(key)}"
+        for key in was | now
+        if was.get(key) != now.get(key)
     ]
     if changed:
         raise TrainError(
@@ -389,6 +395,16 @@ def resume(job: Job, checkpointer: Checkpointer, order: dict[str, Any]) -> Progr
             "undo the change, or start anew with another --output_dir"
         )
     return Progress(step=state["step"], samples=state["samples"])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"format": 1}} -> {"data.format": 1}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
 
 
 def evaluate_model(

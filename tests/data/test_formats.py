@@ -204,7 +204,9 @@ def test_qwen3_text_is_supervised_whole_and_ended(qwen3) -> None:
     (result,) = results(qwen3, [{"text": text}])
     assert isinstance(result, Encoded)
     expected = qwen3(text, add_special_tokens=False).input_ids
-    assert result.input_ids.tolist() == [*expected, qwen3.eos_token_id]
+    end = qwen3.convert_tokens_to_ids("<|endoftext|>")
+    assert qwen3.eos_token == "<|im_end|>"
+    assert result.input_ids.tolist() == [*expected, end]
     assert result.supervised.all()
 
 
@@ -224,7 +226,7 @@ def test_qwen3_control_tokens_in_texts_can_be_plain(qwen3, spelled: str) -> None
     for row in ({"text": f"a{spelled}b"}, {"prompt": f"a{spelled}", "completion": f"{spelled}b"}):
         assert reason(qwen3, row) == "control token in text"
         whole, _ = whole_and_supervised(qwen3, row, control_tokens="plain")
-        assert whole == "".join(row.values()) + qwen3.eos_token
+        assert whole == "".join(row.values()) + ("<|endoftext|>" if "text" in row else "<|im_end|>")
         (result,) = results(qwen3, [row], control_tokens="plain")
         assert isinstance(result, Encoded)
         assert qwen3.convert_tokens_to_ids(spelled) not in result.input_ids[:-1].tolist()
@@ -238,10 +240,11 @@ def test_qwen3_control_tokens_in_texts_can_be_plain(qwen3, spelled: str) -> None
 def test_texts_need_no_chat_template_but_an_end() -> None:
     tokenizer = embedded.build_tokenizer()
     tokenizer.chat_template = None
-    assert whole_and_supervised(tokenizer, {"text": "a"}) == ("a<|im_end|>", "a<|im_end|>")
+    ended = "a<|endoftext|>"
+    assert whole_and_supervised(tokenizer, {"text": "a"}) == (ended, ended)
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no eos_token"):
-        results(tokenizer, [{"text": "a"}])
+        results(tokenizer, [{"prompt": "a", "completion": "b"}])
 
 
 # -------------------------------------------------------------------------------------- token ids
@@ -313,4 +316,4 @@ def test_results_keep_the_order_of_the_rows(small) -> None:
             assert isinstance(result, Excluded)
         else:
             assert isinstance(result, Encoded)
-            assert small.decode(result.input_ids.tolist()) == f"row {i}<|im_end|>"
+            assert small.decode(result.input_ids.tolist()) == f"row {i}<|endoftext|>"

@@ -48,13 +48,13 @@ def untidy(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "split"])
 def test_rows_and_tokens_add_up(untidy: Path, overlong: str) -> None:
     ledger = _ledger(untidy, overlong)
     excluded = sum(entry["rows"] for entry in ledger["excluded"].values())
     assert (ledger["rows_read"], excluded) == (43, 2)
     assert ledger["without_labels"] == (overlong == "truncate")
-    kept = ledger["examples"] + ledger["overlong_dropped"] + ledger["without_labels"]
+    kept = ledger["rows_used"] + ledger["overlong_dropped"] + ledger["without_labels"]
     assert kept + excluded == ledger["rows_read"]
     used = ledger["masked_tokens"] + ledger["supervised_tokens"]
     left = ["tokens_truncated", "tokens_dropped", "tokens_without_labels"]
@@ -102,7 +102,9 @@ def test_control_characters_of_a_reason_are_escaped() -> None:
 def _ledger_of_one_row() -> dict:
     return {
         "rows_read": 1,
+        "rows_used": 1,
         "excluded": {},
+        "overlong_split": 0,
         "overlong_dropped": 0,
         "overlong_truncated": 0,
         "without_labels": 0,
@@ -126,6 +128,8 @@ def test_only_what_is_not_trained_on_counts_as_left_out() -> None:
     assert not anything_left_out(ledger)
     assert anything_left_out(ledger | {"rows_read": 2})
     assert anything_left_out(ledger | {"overlong_truncated": 1})
+    assert anything_left_out(ledger | {"tokens_without_labels": 1})
+    assert not anything_left_out(ledger | {"overlong_split": 1, "examples": 2})
 
 
 def test_the_ranges_of_the_histogram_double() -> None:

@@ -10,7 +10,7 @@ from data.config import DataConfig
 from models.config import ModelConfig
 from scripts.config import TrainConfig
 from scripts.reporting import run_name
-from scripts.wiring import batch_sizes
+from scripts.wiring import _flat, batch_sizes
 from trainer.errors import TrainError
 
 
@@ -53,3 +53,11 @@ def test_a_global_batch_that_cannot_be_divided_names_what_can() -> None:
 )
 def test_a_run_is_named_after_model_and_data(model, data, expected) -> None:
     assert run_name(TrainConfig(model=model, data=data)) == expected
+
+
+def test_a_changed_key_is_named_by_its_path() -> None:
+    assert _flat({"data": {"format": 3, "source": {"name": "x"}}, "seed": 0}) == {
+        "data.format": 3,
+        "data.source.name": "x",
+        "seed": 0,
+    }
