@@ -67,10 +67,8 @@ def export_model(
         try:
             if failure is None:
                 save_file(pending, staging / f"shard-{len(shards)}", metadata={"format": "pt"})
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # safetensors reports a full disk as its own RuntimeError
+        # safetensors reports a full disk as its own RuntimeError
+        except (OSError, RuntimeError) as error:
             failure = OSError(str(error))
         pending.clear()
 

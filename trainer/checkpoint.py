@@ -170,9 +170,8 @@ class Checkpointer:
                         _set_aside(candidate)
                 except OSError as reason:
                     found[1] = f"a damaged checkpoint cannot be renamed ({reason})"
-            elif (
-                problems
-            ):  # they keep their names: the next attempt must not take this for a new run
+            elif problems:
+                # They keep their names: the next attempt must not take this for a new run.
                 found[1] = (
                     f"every checkpoint in {self.folder} is damaged (newest: {next(iter(problems.values()))}); "
                     "restore one, or start anew with another --output_dir"
