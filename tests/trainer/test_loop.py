@@ -188,7 +188,7 @@ def test_a_row_is_the_mean_of_its_window_over_valid_tokens() -> None:
         seconds = 5 * window["step_seconds"]
         assert window["tokens_per_second"] == pytest.approx(300 / seconds)
         assert window["tokens_per_second_per_gpu"] == pytest.approx(150 / seconds)
-        assert window["mfu_pct"] == pytest.approx(100 * (300 + 1500) / seconds / 1000)
+        assert window["mfu_pct"] == pytest.approx(100 * (300 + valid + 1500) / seconds / 1000)
         assert 0 <= window["data_wait_seconds"] < window["step_seconds"]
         assert 0.05 < window["memory_peak_gib"] < 64
 
