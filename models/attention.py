@@ -81,7 +81,7 @@ def _attention_per_document(
     """SDPA inside each document. Shapes: query [T, N, H], key and value [T, K, H] -> [T, N, H].
 
     Documents whose lengths share a power of two run as one call, padded behind their last token, where causal
-    attention does not look. A call per document would spend more time between kernels than in them.
+    attention does not look. A call per document would be many small ones for a row of short documents.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # the CPU's flash kernel does not share keys among heads

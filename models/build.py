@@ -24,7 +24,7 @@ from models.errors import ModelError
 
 CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
-# The built-in model: small enough to learn the embedded chat data on two CPU cores in under two minutes.
+# The built-in model: small enough to learn the embedded chat data on two CPU cores in minutes.
 EMBEDDED_QWEN3: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,

@@ -49,7 +49,7 @@ from trainer.metrics import MetricsWriter
 from trainer.optimizer import build_optimizer, learning_rate_at
 from trainer.parallel import DTYPES, build_mesh, parallelise
 
-# Enough to keep an H100 busy, few enough for an 8B model to fit with activation checkpointing.
+# The default micro-batch: one row at the default seq_len. A careful start, not yet measured on a GPU.
 MICRO_BATCH_TOKENS = 4096
 
 

@@ -68,7 +68,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if hidden_needs else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs else None
         chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        # One buffer for all chunks: on CPU, fresh pages for each would cost more than a pass over them.
+        # One buffer for all chunks: on CPU each new one would be fresh pages to fault in.
         buffer = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, min(start + chunk, hidden.shape[0]))
