@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,13 @@ class DataConfig:
     """Dataset on the Hugging Face hub, as org/name. With neither name nor path the embedded chat data is used."""
 
     path: str | None = None
-    """Local file (.jsonl, .json, .parquet) or a folder of them."""
+    """File (.jsonl, .json, .parquet, .arrow), a folder of them, or a folder of save_to_disk; local or a URL such as s3://bucket/chat.jsonl."""
+
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    """Several sources instead of one: a list of {name or path, and weight, subset, split, revision, format, train_on or expand_turns}."""
+
+    mix_by: Literal["tokens", "rows"] = "tokens"
+    """What the weights of sources are shares of. Without weights every row is seen once per epoch."""
 
     subset: str | None = None
     """Named configuration of the hub dataset, where it has several."""
@@ -33,20 +39,32 @@ class DataConfig:
     train_on: Literal["all", "last"] = "all"
     """Assistant turns that are trained on: all, or the last of each conversation; never one whose message has "train": false."""
 
+    expand_turns: bool = False
+    """Make an example of every assistant turn, with the turns before it as context: so reasoning that the template strips from earlier turns is trained on."""
+
     control_tokens: Literal["exclude", "plain"] = "exclude"
     """A row whose text spells a control token such as <|im_end|>: leave it out, or take the token for plain text."""
 
     seq_len: int = 4096
     """Tokens per packed row."""
 
-    packing: Literal["best_fit", "none"] = "best_fit"
-    """best_fit fills each row with whole conversations; none puts one conversation in a row."""
+    packing: Literal["best_fit", "fixed", "none"] = "best_fit"
+    """best_fit fills each row with whole conversations; fixed cuts one long stream of all rows every seq_len tokens, for pretraining; none puts one conversation in a row."""
 
     overlong: Literal["drop", "truncate", "split", "error"] = "drop"
     """What to do with an example longer than seq_len tokens: split makes several of seq_len tokens of it; every case is counted."""
 
     max_bad_rows_pct: float = 1.0
     """Stop when more than this percentage of the rows cannot be used (malformed, or a mask that cannot be proven)."""
+
+    streaming: bool = False
+    """Read rows while training, for sources too large to tokenise beforehand; needs steps, and the order depends on the number of ranks."""
+
+    stream_buffer_rows: int = 10000
+    """Rows per rank that are packed and shuffled together when streaming."""
+
+    prepare_workers: int = 0
+    """Processes that tokenise; 0 takes as many as the machine has cores, and rows to keep them busy."""
 
     workers: int = 0
     """Worker processes per rank that assemble batches ahead; 0 assembles them in the training process."""
