@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from data.errors import DataError
+
+
+FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenised")
 
 
 @dataclass(frozen=True)
@@ -16,8 +22,11 @@ class DataConfig:
     path: str | None = None
     """File (.jsonl, .json, .parquet, .arrow), a folder of them, or a folder of save_to_disk; local or a URL such as s3://bucket/chat.jsonl."""
 
+    prepared: str | None = None
+    """Folder or URL of tokens made by scripts/prepare_data.py --output, instead of rows."""
+
     sources: list[dict[str, Any]] = field(default_factory=list)
-    """Several sources instead of one: a list of {name or path, and weight, subset, split, revision, format, train_on or expand_turns}."""
+    """Several sources instead of one: a list of {name, path or prepared, and weight, subset, split, revision, format, train_on or expand_turns}."""
 
     mix_by: Literal["tokens", "rows"] = "tokens"
     """What the weights of sources are shares of. Without weights every row is seen once per epoch."""
@@ -68,3 +77,69 @@ class DataConfig:
 
     workers: int = 0
     """Worker processes per rank that assemble batches ahead; 0 assembles them in the training process."""
+
+
+SOURCE_KEYS = (
+    "name", "path", "prepared", "subset", "split", "revision", "format", "train_on", "expand_turns"
+)  # fmt: skip
+"""What an entry of `sources` may set for itself, beside its weight."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of several, or the only one."""
+
+    data: DataConfig
+    """The configuration as if this were the only source."""
+
+    weight: float | None
+    """Its share, relative to the other sources' weights; None if no source has one."""
+
+
+def source_configs(config: DataConfig) -> tuple[SourceConfig, ...]:
+    """The entries of `data.sources`, each with the options it does not set taken from `data`.
+
+    Raises DataError for an entry that is not understood.
+    """
+    if not config.sources:
+        return (SourceConfig(config, None),)
+    if given := [key for key in ("name", "path", "prepared") if getattr(config, key) is not None]:
+        raise DataError(f"data.sources and data.{given[0]} are both given: keep one")
+    found = []
+    for number, entry in enumerate(config.sources):
+        place = f"data.sources[{number}]"
+        if not isinstance(entry, dict):
+            raise DataError(f"{place} must be a mapping such as {{path: chat.jsonl, weight: 1}}")
+        for key in entry:
+            if key not in (*SOURCE_KEYS, "weight"):
+                near = difflib.get_close_matches(str(key), (*SOURCE_KEYS, "weight"), n=1)
+                meant = f"did you mean {near[0]}" if near else f"it takes {', '.join(SOURCE_KEYS)}"
+                raise DataError(f"{place} has the unknown key {key}: {meant}?")
+        if sum(entry.get(key) is not None for key in ("name", "path", "prepared")) != 1:
+            raise DataError(f"{place} needs one of name, path and prepared")
+        _check_types(entry, place)
+        options = {key: value for key, value in entry.items() if key != "weight"}
+        weight = entry.get("weight")
+        found.append(SourceConfig(replace(config, sources=[], **options), weight))
+    if len({source.weight is None for source in found}) > 1:
+        raise DataError("data.sources: give every source a weight, or none of them")
+    return tuple(found)
+
+
+def _check_types(entry: dict[str, Any], place: str) -> None:
+    choices = {
+        "format": ("auto", *FORMATS),
+        "train_on": ("all", "last"),
+        "expand_turns": (True, False),
+    }
+    for key, value in entry.items():
+        if key == "weight":
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < float("inf"):
+                raise DataError(f"{place}: weight must be a number above 0, got {value!r}")
+        elif key in choices:
+            if value not in choices[key]:
+                known = ", ".join(map(str, choices[key]))
+                raise DataError(f"{place}: {key} must be one of {known}, got {value!r}")
+        elif not isinstance(value, str) or not value:
+            raise DataError(f"{place}: {key} must be text, got {value!r}")

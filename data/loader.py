@@ -6,7 +6,7 @@ Shapes: B micro_batch_size, S seq_len, M the most documents a micro-batch can ho
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -149,38 +149,63 @@ class _MicroBatches(Dataset[Batch]):
         used = np.ones(rows, dtype=bool) if self._end is None else samples < self._end
         _, packs = sample_to_pack(self._seed, samples, len(self._packs), shuffle=self._shuffle)
 
-        input_ids = np.full((rows, seq_len), self._pad_token_id, dtype=np.int64)
-        labels = np.full((rows, seq_len), IGNORE_INDEX, dtype=np.int64)
-        position_ids = np.zeros((rows, seq_len), dtype=np.int64)
-        borders = [0]
-        real_tokens = squared_lengths = 0
-        for row in range(rows):
-            begin = 0
-            for document in self._packs.documents(packs[row]) if used[row] else ():
-                ids, supervised = self._store.example(document)
-                end = begin + len(ids)
-                input_ids[row, begin:end] = ids
-                labels[row, begin : end - 1] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
-                position_ids[row, begin:end] = np.arange(len(ids))
-                borders.append(row * seq_len + end)
-                begin = end
-                squared_lengths += len(ids) ** 2
-            real_tokens += begin
-            if begin < seq_len:
-                position_ids[row, begin:] = np.arange(seq_len - begin)
-                borders.append((row + 1) * seq_len)
-        offsets = np.full(self._max_documents + 1, rows * seq_len, dtype=np.int32)
-        offsets[: len(borders)] = borders
-        # Found here, where it costs no GPU a synchronisation.
-        label_positions = np.flatnonzero(labels != IGNORE_INDEX)
-        padding_tokens = rows * seq_len - real_tokens
-        counts = [real_tokens, padding_tokens, len(label_positions), squared_lengths]
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(position_ids),
-            "document_offsets": torch.from_numpy(offsets),
-            "label_positions": torch.from_numpy(label_positions),
-            "counts": torch.tensor(counts),
-            "sample_index": torch.from_numpy(np.where(used, samples, -1)),
-        }
+        documents = [
+            [self._store.example(i) for i in self._packs.documents(place)] if real else []
+            for place, real in zip(packs, used, strict=True)
+        ]
+        return assemble(
+            documents,
+            np.where(used, samples, -1),
+            seq_len=seq_len,
+            pad_token_id=self._pad_token_id,
+            max_documents=self._max_documents,
+        )
+
+
+def assemble(
+    rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]],
+    sample_index: np.ndarray,
+    *,
+    seq_len: int,
+    pad_token_id: int,
+    max_documents: int,
+) -> Batch:
+    """The micro-batch of `rows`, each a list of documents as (input_ids, supervised).
+
+    `max_documents` bounds the documents of the whole micro-batch, the padding behind each row
+    counted as one.
+    """
+    shape = len(rows), seq_len
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    borders = [0]
+    real_tokens = squared_lengths = 0
+    for row, documents in enumerate(rows):
+        begin = 0
+        for ids, supervised in documents:
+            end = begin + len(ids)
+            input_ids[row, begin:end] = ids
+            labels[row, begin : end - 1] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
+            position_ids[row, begin:end] = np.arange(len(ids))
+            borders.append(row * seq_len + end)
+            begin = end
+            squared_lengths += len(ids) ** 2
+        real_tokens += begin
+        if begin < seq_len:
+            position_ids[row, begin:] = np.arange(seq_len - begin)
+            borders.append((row + 1) * seq_len)
+    offsets = np.full(max_documents + 1, labels.size, dtype=np.int32)
+    offsets[: len(borders)] = borders
+    # Found here, where it costs no GPU a synchronisation.
+    label_positions = np.flatnonzero(labels != IGNORE_INDEX)
+    counts = [real_tokens, labels.size - real_tokens, len(label_positions), squared_lengths]
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(position_ids),
+        "document_offsets": torch.from_numpy(offsets),
+        "label_positions": torch.from_numpy(label_positions),
+        "counts": torch.tensor(counts),
+        "sample_index": torch.from_numpy(sample_index),
+    }
