@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from data.errors import DataError
 
-
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenised")
 
 
