@@ -56,6 +56,9 @@ class Encoded:
     stripped_reasoning_turns: int
     """Assistant turns that are trained on, but whose reasoning the template leaves out."""
 
+    stripped_reasoning_tokens: int = 0
+    """Tokens of that reasoning."""
+
 
 @dataclass(frozen=True)
 class Excluded:
