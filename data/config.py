@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from data.errors import DataError
@@ -24,7 +24,7 @@ class DataConfig:
     prepared: str | None = None
     """Folder or URL of tokens made by scripts/prepare_data.py --output, instead of rows."""
 
-    sources: list[dict[str, Any]] = field(default_factory=list)
+    sources: tuple[dict[str, Any], ...] = ()
     """Several sources instead of one: a list of {name, path or prepared, and weight, subset, split, revision, format, train_on or expand_turns}."""
 
     mix_by: Literal["tokens", "rows"] = "tokens"
@@ -119,7 +119,7 @@ def source_configs(config: DataConfig) -> tuple[SourceConfig, ...]:
         _check_types(entry, place)
         options = {key: value for key, value in entry.items() if key != "weight"}
         weight = entry.get("weight")
-        found.append(SourceConfig(replace(config, sources=[], **options), weight))
+        found.append(SourceConfig(replace(config, sources=(), **options), weight))
     if len({source.weight is None for source in found}) > 1:
         raise DataError("data.sources: give every source a weight, or none of them")
     return tuple(found)

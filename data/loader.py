@@ -13,8 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.errors import DataError
-from data.packing import Packs, sample_to_pack
-from data.store import TokenStore
+from data.mixture import Mixture
 
 IGNORE_INDEX = -100
 
@@ -43,8 +42,7 @@ class PackedBatches:
 
     def __init__(
         self,
-        store: TokenStore,
-        packs: Packs,
+        mixture: Mixture,
         *,
         seq_len: int,
         micro_batch_size: int,
@@ -68,10 +66,10 @@ class PackedBatches:
                 f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size="
                 f"{micro_batch_size} times {world_size} data-parallel ranks; the nearest are {nearest}"
             )
-        repeats = end_sample is None or end_sample > len(packs)
-        if repeats and len(packs) < global_batch_size:
+        repeats = end_sample is None or end_sample > len(mixture)
+        if repeats and len(mixture) < global_batch_size:
             raise DataError(
-                f"{len(packs)} packed rows are fewer than global_batch_size={global_batch_size}, so "
+                f"{len(mixture)} packed rows are fewer than global_batch_size={global_batch_size}, so "
                 "a step would see some twice; lower it or data.seq_len, or give more data"
             )
         self.grad_accum_steps = global_batch_size // per_micro_step
@@ -81,8 +79,7 @@ class PackedBatches:
         )
         self._workers = workers
         self._dataset = _MicroBatches(
-            store,
-            packs,
+            mixture,
             seq_len=seq_len,
             micro_batch_size=micro_batch_size,
             pad_token_id=pad_token_id,
@@ -119,8 +116,7 @@ class _MicroBatches(Dataset[Batch]):
 
     def __init__(
         self,
-        store: TokenStore,
-        packs: Packs,
+        mixture: Mixture,
         *,
         seq_len: int,
         micro_batch_size: int,
@@ -132,7 +128,7 @@ class _MicroBatches(Dataset[Batch]):
         start_sample: int,
         end_sample: int | None,
     ) -> None:
-        self._store, self._packs = store, packs
+        self._mixture = mixture
         self._shape = micro_batch_size, seq_len
         self._pad_token_id = pad_token_id
         self._seed, self._shuffle = seed, shuffle
@@ -140,19 +136,19 @@ class _MicroBatches(Dataset[Batch]):
         self._stride = micro_batch_size * world_size
         self._end = end_sample
         # One more per row than its documents: the padding behind them.
-        self._max_documents = micro_batch_size * (packs.max_documents + 1)
+        self._max_documents = micro_batch_size * (mixture.max_documents + 1)
 
     def __getitem__(self, number: int) -> Batch:
         rows, seq_len = self._shape
         # Consecutive micro-batches of all ranks are consecutive samples, across steps as well.
         samples = self._first + number * self._stride + np.arange(rows)
         used = np.ones(rows, dtype=bool) if self._end is None else samples < self._end
-        _, packs = sample_to_pack(self._seed, samples, len(self._packs), shuffle=self._shuffle)
-
-        documents = [
-            [self._store.example(i) for i in self._packs.documents(place)] if real else []
-            for place, real in zip(packs, used, strict=True)
-        ]
+        _, sources, places = self._mixture.locate(self._seed, samples, shuffle=self._shuffle)
+        documents = []
+        for source, place, real in zip(sources, places, used, strict=True):
+            packed = self._mixture.sources[source]
+            numbers = packed.packs.documents(place) if real else ()
+            documents.append([packed.documents.example(number) for number in numbers])
         return assemble(
             documents,
             np.where(used, samples, -1),

@@ -1,10 +1,15 @@
-"""Tokenised examples on disk: written once, memory-mapped by every rank.
+"""Tokenised examples and their packing on disk: written once, memory-mapped by every rank.
 
 A folder holds, for all examples one after the other,
     input_ids.bin   int32 [T]
     supervised.bin  uint8 [T]   1 where the token is trained on
     offsets.npy     int64 [examples + 1], example i is [offsets[i], offsets[i + 1])
-    meta.json       the ledger: what became of every row and token
+    meta.json       key (what decides the bytes), source, commit, ledger, and of each file above
+                    its size and SHA-256
+and in a folder METHOD-SEQ_LEN for each way it has been packed
+    document_ids.npy, offsets.npy   the Packs
+    borders.npy     int64 [documents + 1]: offsets of what is packed, where `fixed` has cut examples
+    meta.json       the ledger after packing, and sizes and SHA-256 as above
 """
 
 from __future__ import annotations
@@ -13,93 +18,26 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 
-from data.chat import Excluded
-from data.config import DataConfig
 from data.errors import DataError
-from data.formats import encode_rows
-from data.sources import Source, explain_os_error
+from data.ledger import length_histogram
+from data.packing import Packs, pack
+from data.sources import explain_os_error
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-FORMAT_VERSION = 4
-_EXAMPLES_SHOWN = 5  # row numbers kept for each reason
-
-
-@dataclass
-class Ledger:
-    """Where every row and token of a source went."""
-
-    rows_read: int = 0
-    """The sum of the rows excluded, dropped, without labels and used."""
-
-    rows_used: int = 0
-    """Rows that became an example, or several."""
-
-    examples: int = 0
-    excluded: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """For each reason: rows, and `first`, the indices of the first few of them."""
-
-    overlong_dropped: int = 0
-    without_labels: int = 0
-    """Rows of which no supervised token is left to predict, after truncating or splitting."""
-
-    overlong_truncated: int = 0
-    """Rows used without their end."""
-
-    overlong_split: int = 0
-    """Rows used in pieces of seq_len tokens and a rest. A piece without labels is no example."""
-
-    tokens_read: int = 0
-    """Tokens of all rows that were encoded; the sum of the four below."""
-
-    tokens: int = 0
-    """Tokens of all examples."""
-
-    tokens_dropped: int = 0
-    tokens_truncated: int = 0
-    tokens_without_labels: int = 0
-    """Tokens of rows, and of pieces of split rows, that have no label."""
-
-    supervised_tokens: int = 0
-    """Labels of all examples: supervised tokens that have a token before them."""
-
-    stripped_reasoning_turns: int = 0
-    """Assistant turns trained without their reasoning, because the template leaves it out."""
-
-    @property
-    def excluded_rows(self) -> int:
-        return sum(entry["rows"] for entry in self.excluded.values())
-
-    def exclude(self, row: int, reason: str) -> None:
-        entry = self.excluded.setdefault(reason, {"rows": 0, "first": []})
-        entry["rows"] += 1
-        if len(entry["first"]) < _EXAMPLES_SHOWN:
-            entry["first"].append(row)
-
-    def check(self, name: str, total_rows: int, max_bad_rows_pct: float) -> None:
-        """Raise DataError if more than `max_bad_rows_pct` of `total_rows` are excluded."""
-        if self.excluded_rows <= total_rows * max_bad_rows_pct / 100:
-            return
-        reasons = "; ".join(
-            f"{entry['rows']} {reason} (rows {', '.join(map(str, entry['first']))})"
-            for reason, entry in sorted(self.excluded.items(), key=lambda item: -item[1]["rows"])
-        )
-        raise DataError(
-            f"{name}: {self.excluded_rows} of {total_rows} rows cannot be used so far, more than "
-            f"data.max_bad_rows_pct={max_bad_rows_pct:g}: {reasons}; mend the rows or raise the limit"
-        )
+Method = Literal["best_fit", "fixed", "none"]
+TOKEN_FILES = ("input_ids.bin", "supervised.bin", "offsets.npy")
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Examples of a folder written by `prepare_tokens`, read where they are needed."""
+    """Examples of a folder of tokens, read where they are needed."""
 
     input_ids: np.ndarray
     supervised: np.ndarray
@@ -119,156 +57,177 @@ class TokenStore:
         place = slice(self.offsets[index], self.offsets[index + 1])
         return self.input_ids[place], self.supervised[place].view(bool)
 
+    def first(self, examples: int | None) -> TokenStore:
+        """The same without what comes behind the first `examples`; None keeps all."""
+        return self if examples is None else replace(self, offsets=self.offsets[: examples + 1])
 
-def prepare_tokens(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    *,
-    cache_dir: str | Path,
-) -> Path:
-    """The folder with the tokens and marks of all rows, tokenising them unless it exists already.
 
-    The folder's name is a hash of everything that decides its bytes. It is written beside its
-    place and renamed, so that it is whole whenever it exists. Raises DataError.
-    """
-    key = tokens_key(source, tokenizer, config)
-    folder = Path(cache_dir) / "tokens" / hashlib.sha256(_json(key).encode()).hexdigest()[:32]
-    if not folder.exists():
-        unfinished = folder.with_name(
-            f"{folder.name}.unfinished-{os.uname().nodename}-{os.getpid()}"
-        )
-        try:
-            unfinished.mkdir(parents=True, exist_ok=True)
-            ledger = _write(unfinished, source, tokenizer, config)
-            meta = {"key": key, "source": source.name, "commit": source.commit}
-            (unfinished / "meta.json").write_text(_json({**meta, "ledger": asdict(ledger)}))
-            try:
-                unfinished.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another run has finished the same folder first
-                    raise
-        except OSError as error:
-            if line := explain_os_error(error, folder):
-                raise DataError(line) from error
-            raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    # The limit does not change the bytes, so it is not in the key: hold a warm folder to it too.
-    ledger = Ledger(**open_tokens(folder).meta["ledger"])
-    ledger.check(source.name, ledger.rows_read, config.max_bad_rows_pct)
-    return folder
+@dataclass(frozen=True)
+class PackedStore:
+    """The examples of a folder, and which of them, or of the pieces they are cut into, share a row."""
+
+    examples: TokenStore
+    documents: TokenStore
+    """What is packed: the examples, or what `fixed` has cut of them."""
+
+    packs: Packs
+    ledger: dict[str, Any]
+    """That of the tokens, with what is known after packing: see `pack_store`."""
 
 
 def open_tokens(folder: str | Path) -> TokenStore:
-    """Memory-map a folder written by `prepare_tokens`; raises DataError if it is not whole."""
+    """Memory-map a folder of tokens; raises DataError if it is not whole."""
     folder = Path(folder)
-    try:
+    with _damage_explained(folder):
         meta = json.loads((folder / "meta.json").read_text())
-        offsets = np.load(folder / "offsets.npy")
+        offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         input_ids = np.asarray(np.memmap(folder / "input_ids.bin", np.int32, "r"))
         supervised = np.asarray(np.memmap(folder / "supervised.bin", np.uint8, "r"))
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{folder}: damaged ({error}); delete it and run again") from error
-    if not len(input_ids) == len(supervised) == offsets[-1]:
-        raise DataError(f"{folder}: damaged (sizes disagree); delete it and run again")
+        if not len(input_ids) == len(supervised) == offsets[-1]:
+            raise ValueError("sizes disagree")
     return TokenStore(input_ids, supervised, offsets, meta)
 
 
-def tokens_key(
-    source: Source, tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> dict[str, Any]:
-    """Everything that decides the bytes of the prepared tokens."""
-    import tokenizers
-    import transformers
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return {
-        "format": FORMAT_VERSION,
-        "source": source.fingerprint,
-        "chat_template": _hash(_json(tokenizer.chat_template)),
-        "tokenizer": _hash(
-            (backend.to_str() if backend else "") + _json(tokenizer.special_tokens_map)
-        ),
-        "data_format": config.format,
-        "train_on": config.train_on,
-        "control_tokens": config.control_tokens,
-        "seq_len": config.seq_len,
-        "overlong": config.overlong,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-    }
-
-
-def _write(
-    folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> Ledger:
-    from tqdm import tqdm
-
-    rows, ledger, lengths = source.rows, Ledger(), []
-    with (
-        open(folder / "input_ids.bin", "wb") as ids_file,
-        open(folder / "supervised.bin", "wb") as supervised_file,
-    ):
-        results = encode_rows(rows, tokenizer, config, name=source.name)
-        # disable=None: no bar where the output is not a terminal.
-        for result in tqdm(results, "tokenise", len(rows), unit="row", disable=None):
-            ledger.rows_read += 1
-            if isinstance(result, Excluded):
-                ledger.exclude(result.row, result.reason)
-                ledger.check(source.name, len(rows), config.max_bad_rows_pct)
-                continue
-            ids, supervised, length = result.input_ids, result.supervised, len(result.input_ids)
-            ledger.tokens_read += length
-            if length > config.seq_len:
-                if config.overlong == "error":
-                    raise DataError(
-                        f"{source.name}: row {result.row} has {length} tokens, more than "
-                        f"data.seq_len={config.seq_len}; raise it or set data.overlong"
-                    )
-                if config.overlong == "drop":
-                    ledger.overlong_dropped += 1
-                    ledger.tokens_dropped += length
-                    continue
-                if config.overlong == "truncate":
-                    ids, supervised = ids[: config.seq_len], supervised[: config.seq_len]
-                    ledger.tokens_truncated += length - len(ids)
-            starts = range(0, len(ids), config.seq_len)  # one, unless a long example is split
-            examples_before = ledger.examples
-            for start in starts:
-                piece = ids[start : start + config.seq_len]
-                marks = supervised[start : start + config.seq_len]
-                labels = int(np.count_nonzero(marks[1:]))
-                if labels == 0:
-                    ledger.tokens_without_labels += len(piece)
-                    continue
-                ledger.examples += 1
-                ledger.tokens += len(piece)
-                ledger.supervised_tokens += labels
-                piece.tofile(ids_file)
-                marks.view(np.uint8).tofile(supervised_file)
-                lengths.append(len(piece))
-            if ledger.examples == examples_before:
-                ledger.without_labels += 1
-                continue
-            ledger.rows_used += 1
-            ledger.overlong_truncated += length > len(ids)
-            ledger.overlong_split += len(starts) > 1
-            ledger.stripped_reasoning_turns += result.stripped_reasoning_turns
-    if not lengths:
-        raise DataError(
-            f"{source.name}: none of {ledger.rows_read} rows can be trained on "
-            f"({ledger.excluded_rows} excluded, {ledger.overlong_dropped} longer than "
-            f"data.seq_len={config.seq_len}, {ledger.without_labels} without labels)"
+def open_packed(folder: str | Path) -> PackedStore:
+    """Memory-map a folder made by `prepare_packs`, and the tokens it is in; raises DataError."""
+    folder = Path(folder)
+    documents = examples = open_tokens(folder.parent)
+    with _damage_explained(folder):
+        ledger = json.loads((folder / "meta.json").read_text())["ledger"]
+        ids, offsets = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("document_ids", "offsets")
         )
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    np.save(folder / "offsets.npy", offsets)
-    return ledger
+        if (folder / "borders.npy").exists():
+            borders = np.load(folder / "borders.npy", mmap_mode="r")
+            documents = replace(documents, offsets=borders)
+        if not len(ids) == len(documents) == offsets[-1]:
+            raise ValueError("sizes disagree")
+    return PackedStore(examples, documents, Packs(ids, offsets), ledger)
 
 
-def _json(value: Any) -> str:
+def prepare_packs(tokens: str | Path, *, method: Method, seq_len: int) -> Path:
+    """The folder with the packing of a folder of tokens, made unless it is there already."""
+    folder = Path(tokens, f"{method}-{seq_len}")
+    if folder.exists():
+        return folder
+    packed = pack_store(open_tokens(tokens), method=method, seq_len=seq_len)
+    with written_whole(folder) as staging:
+        files = {"document_ids": packed.packs.document_ids, "offsets": packed.packs.offsets}
+        if method == "fixed":
+            files["borders"] = packed.documents.offsets
+        for name, array in files.items():
+            np.save(staging / f"{name}.npy", array)
+        write_meta(staging, {"ledger": packed.ledger}, [f"{name}.npy" for name in files])
+    return folder
+
+
+def pack_store(store: TokenStore, *, method: Method, seq_len: int) -> PackedStore:
+    """Pack the examples of `store` into rows of `seq_len` tokens; raises DataError if one is longer.
+
+    fixed takes them as one stream, in their order, cut every `seq_len` tokens: a document is then
+    the part of an example that lies in one row. The ledger gets
+        packed_rows       rows of `seq_len` tokens
+        supervised_tokens labels, counted anew where examples are cut
+        masked_tokens     tokens that carry no label
+        padding_tokens    what the packed rows hold besides `tokens`
+        length_histogram  of the examples, see data.ledger.length_histogram
+    """
+    ledger = dict(store.meta["ledger"], length_histogram=length_histogram(store.lengths))
+    if method == "fixed":
+        cuts = np.arange(0, store.offsets[-1], seq_len)
+        documents = replace(store, offsets=np.union1d(store.offsets, cuts))
+        firsts = np.append(np.searchsorted(documents.offsets, cuts), len(documents))
+        packs = Packs(np.arange(len(documents)), firsts)
+        # The first token of a piece is no label: nothing stands before it.
+        unseen = store.supervised[documents.offsets[:-1]].sum(dtype=np.int64)
+        ledger["supervised_tokens"] = int(np.count_nonzero(store.supervised) - unseen)
+    else:
+        documents, packs = store, pack(store.lengths, seq_len=seq_len, method=method)
+    ledger["packed_rows"] = len(packs)
+    ledger["masked_tokens"] = ledger["tokens"] - ledger["supervised_tokens"]
+    ledger["padding_tokens"] = len(packs) * seq_len - ledger["tokens"]
+    return PackedStore(store, documents, packs, ledger)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` at the end: it is whole whenever it exists.
+
+    If another process made it first, that one stays. Raises DataError for a full or unwritable disk.
+    """
+    staging = folder.with_name(f"{folder.name}.unfinished-{os.uname().nodename}-{os.getpid()}")
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        yield staging
+        try:
+            staging.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    except OSError as error:
+        if line := explain_os_error(error, folder):
+            raise DataError(line) from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_meta(folder: Path, meta: dict[str, Any], names: list[str]) -> None:
+    """Write meta.json with size and SHA-256 of the files `names`, and bring all to the disk."""
+    files = {}
+    for name in names:
+        with open(folder / name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[name] = {"bytes": file.tell(), "sha256": digest}
+            os.fsync(file.fileno())
+    with open(folder / "meta.json", "w") as file:
+        file.write(to_json({**meta, "files": files}))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def find_faults(folder: str | Path) -> list[str]:
+    """One line for each file of a folder of tokens, and of its packings, that is not as written."""
+    folder = Path(folder)
+    faults = []
+    try:
+        files = json.loads((folder / "meta.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{folder / 'meta.json'}: cannot be read ({error})"]
+    for name, written in files.items():
+        try:
+            with open(folder / name, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.tell()
+        except OSError as error:
+            faults.append(f"{folder / name}: {error.strerror}")
+            continue
+        if size != written["bytes"]:
+            faults.append(f"{folder / name}: {size:,} bytes, must be {written['bytes']:,}")
+        elif digest != written["sha256"]:
+            faults.append(f"{folder / name}: content changed (SHA-256)")
+    for packing in sorted(folder.iterdir()):
+        if packing.is_dir() and ".unfinished-" not in packing.name:
+            faults += find_faults(packing)
+    if not faults:
+        try:
+            (open_packed if (folder / "document_ids.npy").exists() else open_tokens)(folder)
+        except DataError as error:
+            faults.append(str(error))
+    return faults
+
+
+@contextmanager
+def _damage_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{folder}: damaged ({reason}); delete it and run again") from error
+
+
+def to_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

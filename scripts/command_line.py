@@ -37,6 +37,8 @@ import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser
 
+from data.config import source_configs
+from data.errors import DataError
 from scripts.config import TrainConfig
 
 EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.yaml"
@@ -56,6 +58,15 @@ FOREIGN_NAMES: dict[str, str] = {
     "attn_implementation": "--model.attention",
     "dataset_name": "--data.name",
     "dataset_path": "--data.path",
+    "datasets": "--data.sources",
+    "data_mixture": "--data.sources",
+    "dataset_mixture": "--data.sources",
+    "interleave_probs": "is the weight of each entry of --data.sources here",
+    "dataset_num_proc": "--data.prepare_workers",
+    "preprocessing_num_workers": "--data.prepare_workers",
+    "dataset_streaming": "--data.streaming",
+    "buffer_size": "--data.stream_buffer_rows",
+    "shuffle_buffer_size": "--data.stream_buffer_rows",
     "train_file": "--data.path",
     "dataset_train_split": "--data.split",
     "dataset_split": "--data.split",
@@ -137,6 +148,8 @@ _AT_LEAST: dict[str, float] = {
     "micro_batch_size": 1,
     "global_batch_size": 1,
     "data.seq_len": 2,
+    "data.stream_buffer_rows": 1,
+    "data.prepare_workers": 0,
     "data.workers": 0,
     "parallel.dp_replicate": 1,
     "parallel.min_wrap_params": 1,
@@ -410,10 +423,18 @@ def validate(config: TrainConfig) -> None:
     )
     for name in ("schedule.decay_pct", "data.max_bad_rows_pct"):
         require(0 <= values[name] <= 100, f"--{name} must be between 0 and 100, got {values[name]}")
-    for group, source in (("model", config.model), ("data", config.data)):
+    try:
+        sources = [source.data for source in source_configs(config.data)]
+    except DataError as error:
+        raise CommandLineError(f"--{error}") from error
+    for group, source in (("model", config.model), *(("data", source) for source in sources)):
+        prepared = getattr(source, "prepared", None)
+        given = [
+            key for key in ("name", "path", "prepared") if getattr(source, key, None) is not None
+        ]
         require(
-            source.name is None or source.path is None,
-            f"--{group}.name and --{group}.path are both given: keep one",
+            len(given) < 2,
+            f"{' and '.join(f'--{group}.{key}' for key in given)} are both given: keep one",
         )
         require(
             source.revision is None or source.name is not None,
@@ -424,6 +445,21 @@ def validate(config: TrainConfig) -> None:
             or re.fullmatch(r"(?!.*\.\.)(\w[\w.-]*/)?\w[\w.-]*", source.name) is not None,
             f"--{group}.name must be a hub name such as org/name, got {source.name!r}; "
             f"for a local file or folder use --{group}.path",
+        )
+        require(
+            not (config.data.streaming and prepared is not None),
+            "--data.streaming reads rows: --data.prepared needs none, leave one out",
+        )
+    if config.data.streaming:
+        require(config.steps is not None, "--data.streaming has no end: give --steps")
+        require(not config.data.sources, "--data.streaming reads one source, not --data.sources")
+        require(
+            config.data.packing != "fixed",
+            "--data.streaming packs what it has read: --data.packing best_fit or none",
+        )
+        require(
+            config.data.workers <= 1,
+            "--data.streaming has one place in the stream per rank: --data.workers 0 or 1",
         )
     named = config.model.name is not None or config.model.path is not None
     require(
@@ -555,7 +591,10 @@ def _checked(
     shown = repr(value) if isinstance(value, str) else _shown(value)
     wrong = CommandLineError(f"{place}: expected {_type_in_words(hint)}, got {shown}")
     try:
-        if is_flag and dict in members:
+        mappings = any(
+            get_origin((*get_args(member), None)[0]) is dict for member in _alternatives(hint)
+        )
+        if is_flag and (dict in members or mappings):
             value = yaml.load(value, Loader=_Loader)
             is_flag = False
         # A string or mapping of a file is final; jsonargparse would turn "3" inside it into 3.
@@ -563,6 +602,10 @@ def _checked(
             return value
         if value is None:
             raise wrong
+        if mappings:
+            if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+                raise wrong
+            return tuple(value)
         if is_flag:
             return parser.parse_args([f"--{name}={value}"], defaults=False)[name]
         return parser.parse_object({name: value}, defaults=False)[name]

@@ -30,8 +30,7 @@ from scripts.environment import use_cache_dir
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from data.packing import Packs
-    from data.store import TokenStore
+    from data.mixture import Mixture
 
 # A packed row without its padding: {"source": str, "tokens": [{"token", "id", "label", "document"}]}.
 Row = dict[str, Any]
@@ -111,19 +110,17 @@ def _spell_out(argv: Sequence[str]) -> list[str]:
 
 def _inspect(config: InspectConfig, cache_dir: Path) -> None:
     # Only now: these import libraries that read the cache variables when they are imported.
-    from data.packing import pack
-    from data.store import open_tokens
-    from scripts.ledger import complete_ledger, ledger_table
-    from scripts.wiring import prepare, read_tokenizer
+    from scripts.ledger import ledger_table
+    from scripts.preparation import open_mixture, prepare, read_tokenizer
 
     seq_len = config.data.seq_len
     prepared = prepare(config, cache_dir, to_train=False)
     tokenizer = read_tokenizer(config, cache_dir, prepared["tokenizer"])
-    tokens = open_tokens(prepared["train_tokens"])
-    packs = pack(tokens.lengths, seq_len=seq_len, method=config.data.packing)
-    rows = packed_rows(tokens, packs, tokenizer, seed=config.seed, count=config.rows)
-    ledger = ledger_table(
-        tokens.meta["source"], complete_ledger(tokens, packs, seq_len=seq_len), seq_len=seq_len
+    mixture = open_mixture(config.data, prepared)
+    rows = packed_rows(mixture, tokenizer, seed=config.seed, count=config.rows)
+    ledger = "\n\n".join(
+        ledger_table(source.documents.meta["source"], source.ledger, seq_len=seq_len)
+        for source in mixture.sources
     )
     if config.html is not None:
         try:
@@ -142,7 +139,7 @@ def _inspect(config: InspectConfig, cache_dir: Path) -> None:
     else:
         colours = use_colours()
         for number, row in enumerate(rows, 1):
-            title = f"row {number} of {len(packs):,}"
+            title = f"row {number} of {len(mixture):,}"
             print(row_as_text(row, title, seq_len=seq_len, colours=colours) + "\n")
         print(ledger)
 
@@ -157,7 +154,7 @@ def use_colours() -> bool:
 
 
 def packed_rows(
-    tokens: TokenStore, packs: Packs, tokenizer: PreTrainedTokenizerBase, *, seed: int, count: int
+    mixture: Mixture, tokenizer: PreTrainedTokenizerBase, *, seed: int, count: int
 ) -> list[Row]:
     """The first `count` rows that training with `seed` visits, fewer if there are fewer.
 
@@ -166,20 +163,18 @@ def packed_rows(
     """
     import numpy as np
 
-    from data.packing import sample_to_pack
-
-    _, places = sample_to_pack(seed, np.arange(min(count, len(packs))), len(packs))
+    _, sources, places = mixture.locate(seed, np.arange(min(count, len(mixture))))
     rows = []
-    for place in places:
-        entries = []
-        for number, example in enumerate(packs.documents(place)):
-            ids, supervised = tokens.example(example)
+    for source, place in zip(sources, places, strict=True):
+        packed, entries = mixture.sources[source], []
+        for number, document in enumerate(packed.packs.documents(place)):
+            ids, supervised = packed.documents.example(document)
             for text, token_id, counts in zip(
                 token_texts(tokenizer, ids.tolist()), ids.tolist(), supervised.tolist(), strict=True
             ):
                 label = token_id if counts else None
                 entries.append({"token": text, "id": token_id, "label": label, "document": number})
-        rows.append({"source": tokens.meta["source"], "tokens": entries})
+        rows.append({"source": packed.documents.meta["source"], "tokens": entries})
     return rows
 
 

@@ -1,46 +1,12 @@
-"""What became of every row and token of a source: the numbers of run.json, and a table for people."""
+"""The ledger of a source as a table for people."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from data.packing import Packs
-from data.store import TokenStore
 from scripts.command_line import printable
 
 _BAR = 30  # characters of the longest bar
-
-
-def complete_ledger(tokens: TokenStore, packs: Packs, *, seq_len: int) -> dict[str, Any]:
-    """The store's ledger, with what is known after packing.
-
-    packed_rows       rows of `seq_len` tokens
-    masked_tokens     tokens of examples that carry no label
-    padding_tokens    what the packed rows hold besides `tokens`
-    length_histogram  [{"from", "to", "examples"}]: examples of from..to tokens, both included;
-                      each range ends at twice the end of the one before
-    """
-    ledger = tokens.meta["ledger"]
-    return {
-        **ledger,
-        "packed_rows": len(packs),
-        "masked_tokens": ledger["tokens"] - ledger["supervised_tokens"],
-        "padding_tokens": len(packs) * seq_len - ledger["tokens"],
-        "length_histogram": length_histogram(tokens.lengths),
-    }
-
-
-def length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Counts of `lengths` (each at least 1) in ranges that double, from the shortest to the longest."""
-    # 1 | 2 | 3..4 | 5..8 | 9..16 | ...: range r ends at 2**r.
-    ranges = np.ceil(np.log2(lengths)).astype(np.int64)
-    counts = np.bincount(ranges)
-    return [
-        {"from": 2**r // 2 + 1, "to": 2**r, "examples": int(counts[r])}
-        for r in range(int(ranges.min()), len(counts))
-    ]
 
 
 def anything_left_out(ledger: dict[str, Any]) -> bool:
@@ -53,7 +19,7 @@ def anything_left_out(ledger: dict[str, Any]) -> bool:
 
 
 def ledger_table(source: str, ledger: dict[str, Any], *, seq_len: int) -> str:
-    """A `complete_ledger` as aligned text: rows, tokens, lengths. Each group adds up to its first line."""
+    """A ledger after packing (`data.store.pack_store`) as aligned text: rows, tokens, lengths. Each group adds up to its first line."""
     rows = [("rows", "read", ledger["rows_read"], f"from {source}")]
     for reason, entry in ledger["excluded"].items():
         first = ", ".join(map(str, entry["first"]))
@@ -65,9 +31,10 @@ def ledger_table(source: str, ledger: dict[str, Any], *, seq_len: int) -> str:
     if ledger["overlong_truncated"]:
         notes.append(f"{ledger['overlong_truncated']:,} of them truncated")
     if ledger["stripped_reasoning_turns"]:
-        turns = ledger["stripped_reasoning_turns"]
         notes.append(
-            f"assistant turns without their reasoning, which the template strips: {turns:,}"
+            f"assistant turns without their reasoning, which the template strips: "
+            f"{ledger['stripped_reasoning_turns']:,} ({ledger['stripped_reasoning_tokens']:,} tokens; "
+            "data.expand_turns trains on them)"
         )
     rows += [
         ("", "overlong", ledger["overlong_dropped"], f"longer than {seq_len} tokens, dropped"),

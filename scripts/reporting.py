@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from data.packing import Packs
-from data.store import TokenStore
+from data.config import source_configs
+from data.mixture import Mixture
 from models.causal_lm import PackedCausalLM
 from models.weights import LoadReport
 from scripts.command_line import to_yaml
 from scripts.config import TrainConfig
-from scripts.ledger import anything_left_out, complete_ledger, ledger_table
+from scripts.ledger import anything_left_out, ledger_table
 from trainer.loop import Progress
 from trainer.parallel import precision_table
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 def run_name(config: TrainConfig) -> str:
     """Model and data in one file name."""
     model = config.model.name or config.model.path or "embedded"
-    data = config.data.name or config.data.path or "chat"
+    data = config.data.name or config.data.path or config.data.prepared
+    data = data or ("mixture" if config.data.sources else "chat")
     return "-".join(
         re.sub(r"[^A-Za-z0-9._]+", "_", Path(part).stem if Path(part).suffix else Path(part).name)
         for part in (model, data)
@@ -41,8 +42,7 @@ def header(
     job: Job,
     model: PackedCausalLM,
     weights: LoadReport | None,
-    tokens: TokenStore,
-    packs: Packs,
+    mixture: Mixture,
     steps: int,
     progress: Progress,
 ) -> str:
@@ -50,18 +50,14 @@ def header(
     config, world_size = job.config, job.ranks.world_size
     parameters = sum(p.numel() for p in model.parameters())
     seq_len = config.data.seq_len
-    ledger = complete_ledger(tokens, packs, seq_len=seq_len)
-    filled = 100 * ledger["tokens"] / (len(packs) * seq_len)
     precision = precision_table(config.parallel, export_dtype=config.model.dtype)
     rows = {
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
         f"{human(parameters)} parameters, {weights or 'random weights'}",
-        "data": f"{tokens.meta['source']}: {ledger['rows_read']:,} rows, {ledger['rows_used']:,} used, "
-        f"{ledger['tokens']:,} tokens, {100 * ledger['supervised_tokens'] / ledger['tokens']:.0f} % supervised",
-        "packing": f"{len(packs):,} rows of {seq_len} tokens, {filled:.1f} % full",
+        **data_rows(mixture, seq_len),
         "run": f"{steps:,} steps of {job.global_batch_size} rows "
         f"({job.micro_batch_size} x {world_size} ranks x {job.grad_accum_steps} accumulated), "
-        f"{steps * job.global_batch_size / len(packs):.1f} epochs",
+        f"{steps * job.global_batch_size / len(mixture):.1f} epochs",
         "ranks": f"{world_size} on {device_name(job.device)}" + (" each" if world_size > 1 else ""),
         "precision": ", ".join(
             f"{what} {how}" for what, how in precision.items() if what != "optimizer state"
@@ -70,9 +66,31 @@ def header(
     }
     if progress.step:
         rows["resume"] = f"after step {progress.step} of {steps}"
-    if not anything_left_out(ledger):
-        return table(rows)
-    return f"{table(rows)}\n\n{ledger_table(tokens.meta['source'], ledger, seq_len=seq_len)}\n"
+    tables = [
+        ledger_table(source.documents.meta["source"], source.ledger, seq_len=seq_len)
+        for source in mixture.sources
+        if anything_left_out(source.ledger)
+    ]
+    return "\n\n".join([table(rows), *tables]) + ("\n" if tables else "")
+
+
+def data_rows(mixture: Mixture, seq_len: int) -> dict[str, str]:
+    """One line for each source, and one about the packing."""
+    rows = {}
+    for number, (source, count) in enumerate(zip(mixture.sources, mixture.counts, strict=True), 1):
+        ledger = source.ledger
+        line = (
+            f"{source.documents.meta['source']}: {ledger['rows_read']:,} rows, "
+            f"{ledger['rows_used']:,} used, {ledger['tokens']:,} tokens, "
+            f"{100 * ledger['supervised_tokens'] / ledger['tokens']:.0f} % supervised"
+        )
+        if count != len(source.packs):
+            line += f", {count / len(source.packs):.3g} times an epoch"
+        rows[f"data {number}" if len(mixture.sources) > 1 else "data"] = line
+    packed = sum(len(source.packs) for source in mixture.sources)
+    filled = 100 * sum(source.ledger["tokens"] for source in mixture.sources) / (packed * seq_len)
+    rows["packing"] = f"{packed:,} rows of {seq_len} tokens, {filled:.1f} % full"
+    return rows
 
 
 def table(rows: dict[str, str]) -> str:
@@ -117,7 +135,7 @@ def footer(job: Job, before: dict[str, float], after: dict[str, float], *, mfu_p
     return "\n".join(lines)
 
 
-def write_run_files(job: Job, mesh: DeviceMesh, tokens: TokenStore, packs: Packs) -> str | None:
+def write_run_files(job: Job, mesh: DeviceMesh, mixture: Mixture) -> str | None:
     """Write config.yaml and run.json; returns the error line if that fails."""
     run: dict[str, Any] = {
         "versions": {
@@ -129,12 +147,27 @@ def write_run_files(job: Job, mesh: DeviceMesh, tokens: TokenStore, packs: Packs
         },
         "model": {
             "name": job.config.model.name or job.config.model.path or "built-in",
+            "revision": job.config.model.revision,
             "commit": job.prepared["model_commit"],
         },
         "data": {
-            "name": tokens.meta["source"],
-            "commit": job.prepared["data_commit"],
-            "ledger": complete_ledger(tokens, packs, seq_len=job.config.data.seq_len),
+            "sources": [
+                {
+                    "name": prepared["name"],
+                    "revision": config.data.revision,
+                    "commit": prepared["commit"],
+                    "weight": config.weight,
+                    "packed_rows_per_epoch": rows,
+                    "ledger": packed.ledger,
+                }
+                for config, prepared, rows, packed in zip(
+                    source_configs(job.config.data),
+                    job.prepared["sources"],
+                    mixture.counts,
+                    mixture.sources,
+                    strict=True,
+                )
+            ]
         },
         "world_size": job.ranks.world_size,
         "device": device_name(job.device),

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import shutil
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,27 +13,25 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
-from data.embedded import build_tokenizer, check_answer, questions
+from data.embedded import check_answer, questions
 from data.loader import PackedBatches
-from data.packing import Packs, pack
-from data.sources import load_rows
-from data.store import TokenStore, open_tokens, prepare_tokens
-from models.build import (
-    build_model,
-    check_fits,
-    decoder_layer_classes,
-    materialise,
-    read_model_config,
-)
+from data.mixture import Mixture, mix
+from data.store import open_packed, pack_store
+from models.build import build_model, decoder_layer_classes, materialise, read_model_config
 from models.causal_lm import PackedCausalLM
 from models.export import export_model
 from models.flops import training_flops
 from models.generation import generate_answers
-from models.hub import fetch_model
-from models.tokenizer import load_tokenizer
 from models.weights import LoadReport, load_weights
 from scripts import reporting
 from scripts.config import TrainConfig
+from scripts.preparation import (
+    open_mixture,
+    pin_revisions,
+    prepare,
+    read_tokenizer,
+    uses_embedded_data,
+)
 from trainer.checkpoint import Checkpointer, complete_checkpoints
 from trainer.config import ParallelConfig
 from trainer.distributed import Ranks, max_over_ranks, once_per_node, raise_together, start
@@ -82,12 +76,14 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
     configure(device_type, local_world_size=ranks.local_world_size)
     micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, ranks.world_size)
     # One rank of a node downloads and tokenises. The process group, whose collectives time out, comes after.
-    prepared = once_per_node(ranks, "prepare", partial(prepare, config, cache_dir))
+    output_dir = Path(config.output_dir or f"outputs/{reporting.run_name(config)}")
+    pinned = pin_revisions(config, output_dir)
+    prepared = once_per_node(ranks, "prepare", partial(prepare, pinned, cache_dir))
     device = start(ranks, device_type)
     job = Job(
         config=config,
         cache_dir=cache_dir,
-        output_dir=Path(config.output_dir or f"outputs/{reporting.run_name(config)}"),
+        output_dir=output_dir,
         ranks=ranks,
         device=device,
         micro_batch_size=micro_batch_size,
@@ -104,9 +100,8 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
 def _run(job: Job) -> int:
     config, ranks, device = job.config, job.ranks, job.device
     tokenizer = read_tokenizer(config, job.cache_dir, job.prepared["tokenizer"])
-    tokens = open_tokens(job.prepared["train_tokens"])
-    packs = pack(tokens.lengths, seq_len=config.data.seq_len, method=config.data.packing)
-    steps = config.steps or math.ceil(len(packs) * config.epochs / job.global_batch_size)
+    mixture = open_mixture(config.data, job.prepared)
+    steps = config.steps or math.ceil(len(mixture) * config.epochs / job.global_batch_size)
 
     mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
@@ -115,7 +110,8 @@ def _run(job: Job) -> int:
     checkpointer = Checkpointer(job.output_dir / "checkpoints", model, optimizer, config.checkpoint)
     # A cursor means the same samples only while these are the same.
     order = {
-        "data": tokens.meta["key"],
+        "data": {str(i): s.documents.meta["key"] for i, s in enumerate(mixture.sources)},
+        "rows_per_epoch": list(mixture.counts),
         "packing": config.data.packing,
         "seq_len": config.data.seq_len,
         "global_batch_size": job.global_batch_size,
@@ -123,10 +119,10 @@ def _run(job: Job) -> int:
     }
     progress = resume(job, checkpointer, order)
     say = partial(print, flush=True) if ranks.is_first else (lambda _: None)
-    say(reporting.header(job, model, weights, tokens, packs, steps, progress))
+    say(reporting.header(job, model, weights, mixture, steps, progress))
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
-    raise_together(reporting.write_run_files(job, mesh, tokens, packs) if ranks.is_first else None)
+    raise_together(reporting.write_run_files(job, mesh, mixture) if ranks.is_first else None)
 
     before: dict[str, float] = {}
     after: dict[str, float] = {}
@@ -149,7 +145,7 @@ def _run(job: Job) -> int:
         finished = train(
             model,
             optimizer,
-            open_batches(job, tokens, packs, tokenizer, start_sample=progress.samples),
+            open_batches(job, mixture, tokenizer, start_sample=progress.samples),
             loss_fn=causal_lm_loss,
             learning_rate=partial(
                 learning_rate_at,
@@ -162,7 +158,7 @@ def _run(job: Job) -> int:
             steps=steps,
             global_batch_size=job.global_batch_size,
             grad_accum_steps=job.grad_accum_steps,
-            samples_per_epoch=len(packs),
+            samples_per_epoch=len(mixture),
             device=device,
             evaluate=lambda step: after.update(evaluate(step)),
             evaluate_every=config.evaluation.every,
@@ -211,92 +207,6 @@ def batch_sizes(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
     return micro, size, size // together
 
 
-def prepare(config: TrainConfig, cache_dir: Path, *, to_train: bool = True) -> dict[str, Any]:
-    """Bring model and data to this machine and turn rows into tokens; one rank of a node does it.
-
-    Without `to_train` it brings what decides the training tokens: no held-out rows, and no weights
-    (unless the tokenizer is another model's: then the model's own folder may hold none).
-
-    Returns:
-        Folders and commits, as JSON can hold them.
-
-    Raises:
-        DataError, ModelError: what the user can mend.
-    """
-    chosen, model_folder, model_commit = config.model, None, None
-    for name in (chosen.name, config.data.name):
-        if name is not None:
-            # A download may take an hour, and its bar is only seen on a terminal.
-            print(f"fetching {name} to {cache_dir}", file=sys.stderr, flush=True)
-    if chosen.name is not None:
-        fetched = fetch_model(
-            chosen.name,
-            revision=chosen.revision,
-            cache_dir=cache_dir,
-            only_tokenizer=(not to_train or chosen.init == "random") and chosen.tokenizer is None,
-        )
-        model_folder, model_commit = fetched.path, fetched.commit
-    elif chosen.path is not None:
-        model_folder = Path(chosen.path)
-    if chosen.tokenizer is None:
-        tokenizer_folder = model_folder or embedded_tokenizer(cache_dir)
-    elif Path(chosen.tokenizer).is_dir():
-        tokenizer_folder = Path(chosen.tokenizer)
-    else:
-        tokenizer_folder = fetch_model(
-            chosen.tokenizer, revision=None, cache_dir=cache_dir, only_tokenizer=True
-        ).path
-    tokenizer = read_tokenizer(config, cache_dir, str(tokenizer_folder))
-    check_fits(
-        read_model_config(chosen, model_folder, tokenizer),
-        tokenizer,
-        seq_len=config.data.seq_len,
-    )
-    train_source = load_rows(config.data, config.data.split, cache_dir=cache_dir)
-    prepared: dict[str, Any] = {
-        "model": str(model_folder) if model_folder else None,
-        "model_commit": model_commit,
-        "tokenizer": str(tokenizer_folder),
-        "data_commit": train_source.commit,
-        "train_tokens": str(
-            prepare_tokens(train_source, tokenizer, config.data, cache_dir=cache_dir)
-        ),
-        "evaluation_tokens": None,
-    }
-    split = config.evaluation.split or ("test" if uses_embedded_data(config) else None)
-    if to_train and split is not None:
-        held_out = load_rows(config.data, split, cache_dir=cache_dir)
-        prepared["evaluation_tokens"] = str(
-            prepare_tokens(held_out, tokenizer, config.data, cache_dir=cache_dir)
-        )
-    return prepared
-
-
-def embedded_tokenizer(cache_dir: Path) -> Path:
-    """Folder of the embedded tokenizer under its own digest, written once and never half."""
-    tokenizer = build_tokenizer()
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-    folder = cache_dir / "embedded-tokenizer" / digest
-    if not folder.exists():
-        staging = folder.with_name(f".{digest}-{os.uname().nodename}-{os.getpid()}")
-        tokenizer.save_pretrained(staging)
-        try:
-            staging.rename(folder)
-        except OSError:  # another run was first
-            shutil.rmtree(staging)
-    return folder
-
-
-def uses_embedded_data(config: TrainConfig) -> bool:
-    return config.data.name is None and config.data.path is None
-
-
-def read_tokenizer(config: TrainConfig, cache_dir: Path, folder: str) -> PreTrainedTokenizerBase:
-    return load_tokenizer(
-        Path(folder), cache_dir=cache_dir, add_special_tokens=config.model.add_special_tokens
-    )
-
-
 def build_sharded_model(
     job: Job, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh
 ) -> tuple[PackedCausalLM, LoadReport | None]:
@@ -330,8 +240,7 @@ def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> No
 
 def open_batches(
     job: Job,
-    tokens: TokenStore,
-    packs: Packs,
+    mixture: Mixture,
     tokenizer: PreTrainedTokenizerBase,
     *,
     start_sample: int = 0,
@@ -340,15 +249,14 @@ def open_batches(
     """This rank's micro-batches: of training from a sample on, or of evaluation once through."""
     config, world_size = job.config, job.ranks.world_size
     if not training:
-        end_sample: int | None = len(packs)
+        end_sample: int | None = len(mixture)
     elif config.steps is None:
         # The last epoch may end inside a step; what is left of that step is padding.
-        end_sample = math.ceil(len(packs) * config.epochs)
+        end_sample = math.ceil(len(mixture) * config.epochs)
     else:
         end_sample = None
     return PackedBatches(
-        tokens,
-        packs,
+        mixture,
         seq_len=config.data.seq_len,
         micro_batch_size=job.micro_batch_size,
         pad_token_id=tokenizer.pad_token_id,
@@ -412,15 +320,17 @@ def evaluate_model(
 ) -> dict[str, float]:
     """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`; {} without held-out rows."""
     config = job.config
-    if job.prepared["evaluation_tokens"] is None:
+    if not job.prepared["evaluation"]:
         return {}
-    tokens = open_tokens(job.prepared["evaluation_tokens"])
-    packs = pack(
-        tokens.lengths[: config.evaluation.max_rows],
-        seq_len=config.data.seq_len,
-        method=config.data.packing,
-    )
-    batches = open_batches(job, tokens, packs, tokenizer, training=False)
+    sources = [
+        pack_store(
+            open_packed(source["packs"]).examples.first(config.evaluation.max_rows),
+            method=config.data.packing,
+            seq_len=config.data.seq_len,
+        )
+        for source in job.prepared["evaluation"]
+    ]
+    batches = open_batches(job, mix(sources), tokenizer, training=False)
     values = {"eval_loss": evaluate_loss(model, batches, loss_fn=causal_lm_loss, device=job.device)}
     if uses_embedded_data(config) and config.evaluation.generate_rows > 0:
         asked = questions("test", config.evaluation.generate_rows)

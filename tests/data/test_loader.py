@@ -10,8 +10,9 @@ import torch
 
 from data.errors import DataError
 from data.loader import IGNORE_INDEX, PackedBatches
+from data.mixture import mix
 from data.packing import pack
-from data.store import TokenStore
+from data.store import PackedStore, TokenStore
 
 SEQ_LEN, PAD = 16, 0
 
@@ -35,7 +36,8 @@ def store() -> TokenStore:
 def _batches(store: TokenStore, **options) -> PackedBatches:
     packs = pack(store.lengths, seq_len=SEQ_LEN)
     defaults = {"seq_len": SEQ_LEN, "micro_batch_size": 2, "pad_token_id": PAD, "seed": 3}
-    return PackedBatches(store, packs, **{**defaults, **options})
+    mixture = mix([PackedStore(store, store, packs, {})])
+    return PackedBatches(mixture, **{**defaults, **options})
 
 
 def _documents(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int], list[int]]]:

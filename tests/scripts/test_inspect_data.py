@@ -16,8 +16,8 @@ import pytest
 
 from data.embedded import build_tokenizer
 from data.loader import IGNORE_INDEX, PackedBatches
-from data.packing import pack
-from data.store import open_tokens
+from data.mixture import mix
+from data.store import open_tokens, pack_store
 from scripts.environment import _cache_settings
 from scripts.inspect_data import main, row_as_text, token_texts, use_colours, visible
 from tests.support.command import ROOT, clean_environment, run_command
@@ -154,10 +154,8 @@ def test_the_embedded_rows_are_those_that_training_visits_first(
         for path in (shared_cache / "tokens").iterdir()
         if open_tokens(path).meta["source"] == "embedded"
     ]
-    tokens = open_tokens(folder)
     batches = PackedBatches(
-        tokens,
-        pack(tokens.lengths, seq_len=256),
+        mix([pack_store(open_tokens(folder), method="best_fit", seq_len=256)]),
         seq_len=256,
         micro_batch_size=4,
         pad_token_id=0,

@@ -10,16 +10,12 @@ import pytest
 
 from data.config import DataConfig
 from data.embedded import build_tokenizer
-from data.packing import pack
+from data.ledger import length_histogram
+from data.prepare import prepare_tokens
 from data.sources import load_rows
-from data.store import open_tokens, prepare_tokens
+from data.store import open_tokens, pack_store
 from scripts.command_line import printable
-from scripts.ledger import (
-    anything_left_out,
-    complete_ledger,
-    ledger_table,
-    length_histogram,
-)
+from scripts.ledger import anything_left_out, ledger_table
 from tests.support.job import train
 from tests.support.tiny import write_chat
 
@@ -30,7 +26,7 @@ def _ledger(file: Path, overlong: str) -> dict:
     config = DataConfig(path=str(file), seq_len=SEQ_LEN, overlong=overlong, max_bad_rows_pct=100)
     source = load_rows(config, "train", cache_dir=file.parent)
     tokens = open_tokens(prepare_tokens(source, build_tokenizer(), config, cache_dir=file.parent))
-    return complete_ledger(tokens, pack(tokens.lengths, seq_len=SEQ_LEN), seq_len=SEQ_LEN)
+    return pack_store(tokens, method="best_fit", seq_len=SEQ_LEN).ledger
 
 
 @pytest.fixture
@@ -89,7 +85,8 @@ def test_a_run_that_leaves_rows_out_shows_the_table_and_records_the_numbers(
     assert result.returncode == 0, result.output
     ledger = _ledger(untidy, "drop")
     assert ledger_table(str(untidy), ledger, seq_len=SEQ_LEN) in result.stdout
-    assert json.loads((run / "run.json").read_text())["data"]["ledger"] == ledger
+    (source,) = json.loads((run / "run.json").read_text())["data"]["sources"]
+    assert source["ledger"] == ledger
 
 
 def test_control_characters_of_a_reason_are_escaped() -> None:

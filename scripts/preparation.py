@@ -1,0 +1,199 @@
+"""What comes before training and needs no process group: model and data on this machine, rows turned into tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from data.config import DataConfig, source_configs
+from data.embedded import build_tokenizer
+from data.errors import DataError
+from data.mixture import Mixture, mix
+from data.prepare import prepare_tokens, tokenizer_key
+from data.sources import load_rows
+from data.store import open_packed, open_tokens, prepare_packs
+from models.build import check_fits, read_model_config
+from models.hub import fetch_model
+from models.tokenizer import load_tokenizer
+from scripts.config import TrainConfig
+
+
+def prepare(config: TrainConfig, cache_dir: Path, *, to_train: bool = True) -> dict[str, Any]:
+    """Bring model and data to this machine, turn rows into tokens and pack them; one process of a node does it.
+
+    Without `to_train` it brings what decides the training tokens: no held-out rows, and no weights
+    (unless the tokenizer is another model's: then the model's own folder may hold none).
+
+    Returns:
+        Folders and commits, as JSON can hold them: of the model, the tokenizer, the training sources
+        and the held-out ones. When streaming there are no training sources.
+
+    Raises:
+        DataError, ModelError: what the user can mend.
+    """
+    prepared = prepare_model(config, cache_dir, only_tokenizer=not to_train)
+    tokenizer = read_tokenizer(config, cache_dir, prepared["tokenizer"])
+    sources = source_configs(config.data)
+    if not config.data.streaming:
+        prepared["sources"] = [
+            prepare_source(source.data, source.data.split, tokenizer, cache_dir)
+            for source in sources
+        ]
+    split = config.evaluation.split or ("test" if uses_embedded_data(config) else None)
+    if to_train and split is not None:
+        prepared["evaluation"] = [
+            prepare_source(source.data, split, tokenizer, cache_dir) for source in sources
+        ]
+    return prepared
+
+
+def prepare_model(
+    config: TrainConfig, cache_dir: Path, *, only_tokenizer: bool = False
+) -> dict[str, Any]:
+    """The model's and the tokenizer's part of `prepare`."""
+    chosen, model_folder, model_commit = config.model, None, None
+    if chosen.name is not None:
+        say_fetching(chosen.name, cache_dir)
+        fetched = fetch_model(
+            chosen.name,
+            revision=chosen.revision,
+            cache_dir=cache_dir,
+            only_tokenizer=(only_tokenizer or chosen.init == "random") and chosen.tokenizer is None,
+        )
+        model_folder, model_commit = fetched.path, fetched.commit
+    elif chosen.path is not None:
+        model_folder = Path(chosen.path)
+    if chosen.tokenizer is None:
+        tokenizer_folder = model_folder or embedded_tokenizer(cache_dir)
+    elif Path(chosen.tokenizer).is_dir():
+        tokenizer_folder = Path(chosen.tokenizer)
+    else:
+        tokenizer_folder = fetch_model(
+            chosen.tokenizer, revision=None, cache_dir=cache_dir, only_tokenizer=True
+        ).path
+    tokenizer = read_tokenizer(config, cache_dir, str(tokenizer_folder))
+    check_fits(
+        read_model_config(chosen, model_folder, tokenizer),
+        tokenizer,
+        seq_len=config.data.seq_len,
+    )
+    return {
+        "model": str(model_folder) if model_folder else None,
+        "model_commit": model_commit,
+        "tokenizer": str(tokenizer_folder),
+        "sources": [],
+        "evaluation": [],
+    }
+
+
+def prepare_source(
+    config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+) -> dict[str, Any]:
+    """One source fetched, tokenised and packed: its name, commit, and the folder to give `open_packed`."""
+    if config.prepared is not None:
+        tokens = fetch_prepared(config.prepared, tokenizer, cache_dir)
+    else:
+        if config.name is not None or (config.path is not None and "://" in config.path):
+            say_fetching(str(config.name or config.path), cache_dir)
+        source = load_rows(config, split, cache_dir=cache_dir)
+        tokens = prepare_tokens(source, tokenizer, config, cache_dir=cache_dir)
+    meta = open_tokens(tokens).meta
+    packs = prepare_packs(tokens, method=config.packing, seq_len=config.seq_len)
+    return {"name": meta["source"], "commit": meta["commit"], "packs": str(packs)}
+
+
+def fetch_prepared(place: str, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Path:
+    """The folder of tokens that prepare_data.py wrote to `place`, in the cache.
+
+    Raises:
+        DataError: it is not there or not whole, or was made with another tokenizer or template.
+    """
+    from data.remote import fetch_folder  # and with it fsspec, which few runs need
+
+    if "://" in place:
+        say_fetching(place, cache_dir)
+    folder = fetch_folder(place, cache_dir)
+    key = open_tokens(folder).meta["key"]
+    for part, value in tokenizer_key(tokenizer).items():
+        if key[part] != value:
+            raise DataError(
+                f"{place} was prepared with another {part.replace('_', ' ')} than this run's; "
+                "prepare it again with the same --model flags"
+            )
+    return folder
+
+
+def open_mixture(config: DataConfig, prepared: dict[str, Any]) -> Mixture:
+    """The training rows of what `prepare` returned."""
+    sources = [open_packed(source["packs"]) for source in prepared["sources"]]
+    weights = [source.weight for source in source_configs(config)]
+    return mix(sources, weights, by=config.mix_by)
+
+
+def say_fetching(name: str, cache_dir: Path) -> None:
+    # A download may take an hour, and its bar is only seen on a terminal.
+    print(f"fetching {name} to {cache_dir}", file=sys.stderr, flush=True)
+
+
+def embedded_tokenizer(cache_dir: Path) -> Path:
+    """Folder of the embedded tokenizer under its own digest, written once and never half."""
+    tokenizer = build_tokenizer()
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    folder = cache_dir / "embedded-tokenizer" / digest
+    if not folder.exists():
+        staging = folder.with_name(f".{digest}-{os.uname().nodename}-{os.getpid()}")
+        tokenizer.save_pretrained(staging)
+        try:
+            staging.rename(folder)
+        except OSError:  # another run was first
+            shutil.rmtree(staging)
+    return folder
+
+
+def uses_embedded_data(config: TrainConfig) -> bool:
+    data = config.data
+    return data.name is None and data.path is None and data.prepared is None and not data.sources
+
+
+def read_tokenizer(config: TrainConfig, cache_dir: Path, folder: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(
+        Path(folder), cache_dir=cache_dir, add_special_tokens=config.model.add_special_tokens
+    )
+
+
+def pin_revisions(config: TrainConfig, output_dir: Path) -> TrainConfig:
+    """With the commits that the run in `output_dir` was started with, in place of the same branches or tags.
+
+    A branch moves on; the run that is continued must not.
+    """
+    try:
+        run = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+        model, sources = run["model"], run["data"]["sources"]
+    except (OSError, ValueError, KeyError):
+        return config
+    if config.resume == "never" or not any(output_dir.glob("checkpoints/step-*")):
+        return config
+    chosen, data = config.model, config.data
+    if (model["name"], model["revision"]) == (chosen.name, chosen.revision) and chosen.name:
+        chosen = replace(chosen, revision=model["commit"])
+    if data.sources and len(sources) == len(data.sources):
+        entries = [
+            {**entry, "revision": was["commit"]}
+            if entry.get("name") == was["name"] and entry.get("revision") == was["revision"]
+            else entry
+            for entry, was in zip(data.sources, sources, strict=True)
+        ]
+        data = replace(data, sources=entries)
+    elif data.name and sources:
+        was = sources[0]
+        if (was["name"], was["revision"]) == (data.name, data.revision):
+            data = replace(data, revision=was["commit"])
+    return replace(config, model=chosen, data=data)

@@ -1,0 +1,260 @@
+"""Prepared tokens: every row accounted for, written once, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from data import embedded
+from data.chat import Encoded, encode_conversations
+from data.config import DataConfig
+from data.errors import DataError
+from data.ledger import Ledger
+from data.prepare import prepare_tokens
+from data.sources import Source
+from data.store import open_tokens
+
+CONFIG = DataConfig(seq_len=64, max_bad_rows_pct=100)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return embedded.build_tokenizer()
+
+
+def _row(answer: Any, question: str = "q") -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def _source(rows: Sequence[dict[str, Any]], fingerprint: str = "rows") -> Source:
+    return Source("memory", None, fingerprint, lambda: rows)
+
+
+def _unfinished(cache_dir: Path) -> list[Path]:
+    """Everything but locks, which stay, and the folders of finished things."""
+    return [path for path in cache_dir.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def _ledger(folder: Path) -> Ledger:
+    return Ledger(**json.loads((folder / "meta.json").read_text())["ledger"])
+
+
+LONG = "z " * 200
+MIXED = [_row("fine"), _row(""), _row("good"), _row(LONG), _row(None), _row("a", LONG)]
+
+
+def test_the_store_gives_back_what_was_encoded(tokenizer, cache_dir: Path) -> None:
+    rows = [row for row in MIXED if row["messages"][1]["content"] in ("fine", "good")]
+    store = open_tokens(prepare_tokens(_source(MIXED), tokenizer, CONFIG, cache_dir=cache_dir))
+    encoded = list(encode_conversations(rows, tokenizer))
+    assert len(store) == len(encoded) == 2
+    for index, expected in enumerate(encoded):
+        assert isinstance(expected, Encoded)
+        ids, supervised = store.example(index)
+        assert ids.tolist() == expected.input_ids.tolist()
+        assert supervised.tolist() == expected.supervised.tolist()
+        assert supervised.dtype == bool and ids.dtype == np.int32
+    assert store.lengths.tolist() == [len(result.input_ids) for result in encoded]
+    assert store.lengths.dtype == np.int32
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "split"])
+def test_the_ledger_accounts_for_every_row_and_token(tokenizer, cache_dir, overlong) -> None:
+    config = replace(CONFIG, overlong=overlong)
+    folder = prepare_tokens(_source(MIXED), tokenizer, config, cache_dir=cache_dir)
+    ledger, store = _ledger(folder), open_tokens(folder)
+    excluded = {
+        "content is empty": {"rows": 1, "first": [1]},
+        "content is missing": {"rows": 1, "first": [4]},
+    }
+    assert ledger.excluded == excluded
+    assert ledger.rows_read == len(MIXED)
+    assert ledger.rows_read == (
+        ledger.excluded_rows + ledger.overlong_dropped + ledger.without_labels + ledger.rows_used
+    )
+    assert ledger.tokens_read == (
+        ledger.tokens
+        + ledger.tokens_dropped
+        + ledger.tokens_truncated
+        + ledger.tokens_without_labels
+    )
+    read = [r for r in encode_conversations(MIXED, tokenizer) if isinstance(r, Encoded)]
+    assert ledger.tokens_read == sum(len(result.input_ids) for result in read)
+    assert ledger.examples == len(store)
+    assert ledger.tokens == store.lengths.sum()
+    labels = sum(int(store.example(i)[1][1:].sum()) for i in range(len(store)))
+    assert ledger.supervised_tokens == labels
+    # The last row is cut before its answer: it has nothing to learn from, and is no example.
+    counts = {
+        "drop": ledger.overlong_dropped,
+        "truncate": ledger.overlong_truncated,
+        "split": ledger.overlong_split,
+    }
+    expected = {"drop": (2, 0, 2), "truncate": (1, 1, 3), "split": (2, 0, 4)}[overlong]
+    assert (counts.pop(overlong), ledger.without_labels, ledger.rows_used) == expected
+    assert set(counts.values()) == {0}
+    assert store.lengths.max() <= config.seq_len
+
+
+def test_only_the_last_turn_is_trained_on_where_asked(tokenizer, cache_dir: Path) -> None:
+    silent = _row("never")
+    silent["messages"][1]["train"] = False
+    rows = [{"messages": _row("one")["messages"] + _row("two")["messages"]}, silent]
+    config = replace(CONFIG, train_on="last")
+    folder = prepare_tokens(_source(rows), tokenizer, config, cache_dir=cache_dir)
+    (ids, supervised), ledger = open_tokens(folder).example(0), _ledger(folder)
+    assert tokenizer.decode(ids[supervised].tolist()) == "two<|im_end|>"
+    assert (ledger.examples, ledger.without_labels) == (1, 1)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.booleans(), min_size=1, max_size=40), min_size=1, max_size=4),
+    st.integers(2, 9),
+)
+def test_splitting_loses_and_repeats_no_token(tokenizer, marks: list[list[bool]], seq_len) -> None:
+    """Every label is kept but those of a piece's first token, and pieces without labels."""
+    rows, expected, next_id, split_rows = [], [], 3, 0
+    for row in marks:
+        ids = list(range(next_id, next_id + len(row)))
+        next_id += len(row)
+        labels = [i if mark else -100 for i, mark in zip(ids, row, strict=True)]
+        rows.append({"input_ids": ids, "labels": labels})
+        examples_before = len(expected)
+        for start in range(0, len(row), seq_len):
+            piece = row[start : start + seq_len]
+            if any(piece[1:]):
+                expected.append((ids[start : start + seq_len], piece))
+        split_rows += len(row) > seq_len and len(expected) > examples_before
+    assume(expected)
+    config = replace(CONFIG, seq_len=seq_len, overlong="split")
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_tokens(prepare_tokens(_source(rows), tokenizer, config, cache_dir=folder))
+        found = [store.example(index) for index in range(len(store))]
+        assert [(ids.tolist(), marks.tolist()) for ids, marks in found] == expected
+    ledger = Ledger(**store.meta["ledger"])
+    assert ledger.tokens + ledger.tokens_without_labels == ledger.tokens_read == next_id - 3
+    assert ledger.overlong_split == split_rows
+
+
+def test_overlong_can_be_an_error(tokenizer, cache_dir: Path) -> None:
+    config = replace(CONFIG, overlong="error")
+    with pytest.raises(DataError, match=r"row 3 has \d+ tokens, more than data.seq_len=64"):
+        prepare_tokens(_source(MIXED), tokenizer, config, cache_dir=cache_dir)
+    assert _unfinished(cache_dir) == []
+
+
+def test_too_many_bad_rows_stop_with_examples_also_when_prepared(tokenizer, cache_dir) -> None:
+    rows = [_row("fine")] * 97 + [_row(""), _row(None), _row(3)]
+    limit = replace(CONFIG, max_bad_rows_pct=2.0)
+    message = r"3 of 100 rows .* 1 content is empty \(rows 97\).* 1 content is not a string"
+    with pytest.raises(DataError, match=message):
+        prepare_tokens(_source(rows), tokenizer, limit, cache_dir=cache_dir)
+    allowed = replace(CONFIG, max_bad_rows_pct=3.0)
+    prepare_tokens(_source(rows), tokenizer, allowed, cache_dir=cache_dir)
+    with pytest.raises(DataError, match=message):
+        prepare_tokens(_source(rows), tokenizer, limit, cache_dir=cache_dir)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "memory: no rows"),
+        ([{"body": "a", "id": 1}], "memory: the columns body, id fit no format"),
+        ([_row("")] * 3, "none of 3 rows can be trained on .3 excluded"),
+        ([_row(LONG)], "none of 1 rows .* 1 longer than data.seq_len=64"),
+    ],
+)
+def test_nothing_to_train_on_is_an_error(tokenizer, cache_dir, rows, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare_tokens(_source(rows), tokenizer, CONFIG, cache_dir=cache_dir)
+
+
+def test_a_warm_folder_reads_no_rows(tokenizer, cache_dir: Path) -> None:
+    folder = prepare_tokens(_source(MIXED), tokenizer, CONFIG, cache_dir=cache_dir)
+
+    def refuse() -> Sequence[dict[str, Any]]:
+        raise AssertionError("rows were read")
+
+    warm = Source("memory", None, "rows", refuse)
+    assert prepare_tokens(warm, tokenizer, CONFIG, cache_dir=cache_dir) == folder
+
+
+def test_whatever_changes_the_bytes_changes_the_folder(tokenizer, cache_dir: Path) -> None:
+    other_template = embedded.build_tokenizer()
+    other_template.chat_template += " "
+    other_tokens = embedded.build_tokenizer()
+    other_tokens.add_tokens(["zz"])
+    folders = [
+        prepare_tokens(source, given, config, cache_dir=cache_dir)
+        for source, given, config in [
+            (_source(MIXED), tokenizer, CONFIG),
+            (_source(MIXED, "other rows"), tokenizer, CONFIG),
+            (_source(MIXED), other_template, CONFIG),
+            (_source(MIXED), other_tokens, CONFIG),
+            (_source(MIXED), tokenizer, replace(CONFIG, seq_len=63)),
+            (_source(MIXED), tokenizer, replace(CONFIG, overlong="truncate")),
+            (_source(MIXED), tokenizer, replace(CONFIG, overlong="split")),
+            (_source(MIXED), tokenizer, replace(CONFIG, train_on="last")),
+            (_source(MIXED), tokenizer, replace(CONFIG, control_tokens="plain")),
+            (_source(MIXED), tokenizer, replace(CONFIG, format="messages")),
+        ]
+    ]
+    assert len(set(folders)) == len(folders)
+
+
+def test_a_crash_leaves_nothing_behind(tokenizer, cache_dir: Path) -> None:
+    class Breaks(list):
+        def __getitem__(self, index: Any) -> Any:
+            if isinstance(index, slice) and index.start > 0:
+                raise RuntimeError("disk on fire")
+            return super().__getitem__(index)
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        prepare_tokens(_source(Breaks([_row("a")] * 600)), tokenizer, CONFIG, cache_dir=cache_dir)
+    assert _unfinished(cache_dir) == []
+
+
+def _prepare(cache_dir: Path) -> str:
+    source = _source(embedded.generate_conversations("train", count=400))
+    return str(prepare_tokens(source, embedded.build_tokenizer(), CONFIG, cache_dir=cache_dir))
+
+
+def test_runs_at_the_same_time_end_with_one_folder(cache_dir: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    with context.Pool(2) as pool:
+        folders = pool.map(_prepare, [cache_dir, cache_dir], chunksize=1)
+    assert folders[0] == folders[1]
+    assert [str(path) for path in (cache_dir / "tokens").iterdir()] == [folders[0]]
+    assert _ledger(Path(folders[0])).rows_read == 400
+
+
+@pytest.mark.parametrize("file", ["input_ids.bin", "supervised.bin", "offsets.npy", "meta.json"])
+def test_a_damaged_folder_is_an_error(tokenizer, cache_dir: Path, file: str) -> None:
+    folder = prepare_tokens(_source(MIXED), tokenizer, CONFIG, cache_dir=cache_dir)
+    content = (folder / file).read_bytes()
+    for damage in (content[: len(content) // 2], b""):
+        (folder / file).write_bytes(damage)
+        with pytest.raises(DataError, match=r"damaged .* delete it"):
+            prepare_tokens(_source(MIXED), tokenizer, CONFIG, cache_dir=cache_dir)
+    (folder / file).unlink()
+    with pytest.raises(DataError, match="damaged"):
+        open_tokens(folder)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tokenizer, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(DataError, match="file"):
+        prepare_tokens(_source(MIXED), tokenizer, CONFIG, cache_dir=blocked)
