@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from trainer.errors import TrainError
+
+# Between the attempts to see a file another node has made: network file systems may show it late.
+_LOOK_AGAIN_SECONDS = (0.1, 0.3, 1.0, 2.0)
+# How much later than the first node another may start and still be waited for.
+_LATEST_START_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Ranks:
     local_world_size: int
     node: int
     store: dist.Store | None
+    nodes: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -57,38 +65,125 @@ def meet() -> Ranks:
         local_world_size=local_world_size,
         node=int(os.environ.get("GROUP_RANK", rank // local_world_size)),
         store=dist.PrefixStore(f"shardloop/{attempt}", store),
+        nodes=int(os.environ.get("GROUP_WORLD_SIZE", world_size // local_world_size)),
     )
 
 
-def once_per_node(ranks: Ranks, name: str, work: Callable[[], Any]) -> Any:
-    """Run `work` on one rank of every node and give its result to the other ranks of that node, however long it takes.
+def once(
+    ranks: Ranks, name: str, work: Callable[[], Any], *, shared_folder: Path | None = None
+) -> Any:
+    """Run `work` on one rank for all that see what it leaves behind; the others get its result, however long it takes.
+
+    Without `shared_folder` that is one rank of every node. With it, the folder `work` writes to,
+    the first node works for every node that sees the same folder under the same path; the others,
+    and every node when the folder cannot be written, work for themselves.
+
+    There is no limit to the work, so a worker that is killed must be noticed by the launcher:
+    torchrun ends the ranks of its node, and the store, which the first node's torchrun holds, ends
+    with it for the other nodes.
 
     Args:
         ranks: this process among the others.
         name: names the piece of work; used once per run.
-        work: returns something JSON can hold.
+        work: returns something JSON can hold; paths in it must be absolute.
+        shared_folder: nodes may have it in common, as on a network file system.
 
     Raises:
-        TrainError: on the waiting ranks, with the same line, when `work` raised a ValueError or OSError (what the
-            user can mend); the working rank raises the original.
+        TrainError: on the waiting ranks, with the same line, when `work` raised (the working rank
+            raises the original); or when the store is gone.
     """
     if ranks.store is None:
         return work()
-    key = f"once/{name}/{ranks.node}"
-    if ranks.local_rank == 0:
-        try:
+    key = f"once/{name}"
+    if ranks.local_rank != 0:
+        return _answer(ranks.store, f"{key}/{ranks.node}")
+    try:
+        if shared_folder is not None and _sees_folder_of_first(
+            ranks, key, shared_folder.absolute()
+        ):
+            result = _answer(ranks.store, f"{key}/0")
+        else:
             result = work()
-        except BaseException as error:
-            ranks.store.set(key, json.dumps({"error": f"{error}" or type(error).__name__}))
-            raise
-        ranks.store.set(key, json.dumps({"result": result}))
-        return result
-    while not ranks.store.check([key]):  # polled, not waited for: a signal must be able to end this
-        time.sleep(0.05)
-    answer = json.loads(ranks.store.get(key))
-    if "error" in answer:
-        raise TrainError(answer["error"])
-    return answer["result"]
+        _publish(ranks.store, f"{key}/{ranks.node}", result=result)
+    except BaseException as error:
+        with suppress(RuntimeError):  # without a store nobody waits any more
+            _publish(ranks.store, f"{key}/{ranks.node}", error=f"{error}" or type(error).__name__)
+        raise
+    return result
+
+
+once_per_node = once
+
+
+def _sees_folder_of_first(ranks: Ranks, key: str, folder: Path) -> bool:
+    """Whether this node is not the first and has the first node's `folder` under the same path.
+
+    Told by a file that the first node makes there and removes when all others have looked for it.
+    Locks are not used: network file systems often have none.
+    """
+    store = ranks.store
+    assert store is not None
+    if ranks.nodes == 1:
+        return False
+    if not ranks.is_first:
+        probe = _answer(store, f"{key}/probe")
+        seen = probe is not None and _sees(Path(probe), folder)
+        _publish(store, f"{key}/seen/{ranks.node}", result=seen)
+        return seen
+    probe = folder / f".probe-{secrets.token_hex(16)}"
+    try:
+        probe.touch(exist_ok=False)
+    except OSError:
+        _publish(store, f"{key}/probe", result=None)
+        return False
+    try:
+        _publish(store, f"{key}/probe", result=str(probe))
+        answers = [f"{key}/seen/{node}" for node in range(1, ranks.nodes)]
+        # One that comes too late finds no probe, works for itself, and finds most of it done.
+        _wait(store, answers, seconds=_LATEST_START_SECONDS)
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return False
+
+
+def _sees(probe: Path, folder: Path) -> bool:
+    if probe.parent != folder:
+        return False
+    for delay in (*_LOOK_AGAIN_SECONDS, None):
+        with suppress(OSError):
+            os.listdir(folder)  # makes an NFS client ask its server again
+            if probe.exists():
+                return True
+        if delay is not None:
+            time.sleep(delay)
+    return False
+
+
+def _publish(store: dist.Store, key: str, **message: Any) -> None:
+    store.set(key, json.dumps(message))
+
+
+def _answer(store: dist.Store, key: str) -> Any:
+    """Wait for what another rank publishes under `key`; raises TrainError with its error."""
+    _wait(store, [key])
+    message = json.loads(store.get(key))
+    if "error" in message:
+        raise TrainError(message["error"])
+    return message["result"]
+
+
+def _wait(store: dist.Store, keys: list[str], *, seconds: float = float("inf")) -> None:
+    """Return when the store has all `keys`, or after `seconds`; raises TrainError when there is no store any more."""
+    deadline = time.monotonic() + seconds
+    try:
+        # Polled, not waited for: a signal must be able to end this.
+        while not store.check(keys) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except RuntimeError as error:
+        raise TrainError(
+            "the store of the launcher is gone: the first node has ended; its log says why"
+        ) from error
 
 
 def start(ranks: Ranks, device_type: Literal["cpu", "cuda"]) -> torch.device:
