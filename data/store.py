@@ -192,11 +192,24 @@ def write_meta(folder: Path, meta: dict[str, Any], names: list[str]) -> None:
 def find_faults(folder: str | Path) -> list[str]:
     """One line for each file of a folder of tokens, and of its packings, that is not as written."""
     folder = Path(folder)
+    packings = sorted(path.parent for path in folder.glob("*/meta.json"))
+    faults = [fault for place in (folder, *packings) for fault in _file_faults(place)]
+    if not faults:
+        try:
+            open_tokens(folder)
+            for packing in packings:
+                open_packed(packing)
+        except DataError as error:
+            faults.append(str(error))
+    return faults
+
+
+def _file_faults(folder: Path) -> list[str]:
     faults = []
     try:
         files = json.loads((folder / "meta.json").read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
-        return [f"{folder / 'meta.json'}: cannot be read ({error})"]
+        return [f"{folder / 'meta.json'}: cannot be read ({' '.join(str(error).split())})"]
     for name, written in files.items():
         try:
             with open(folder / name, "rb") as file:
@@ -209,14 +222,6 @@ def find_faults(folder: str | Path) -> list[str]:
             faults.append(f"{folder / name}: {size:,} bytes, must be {written['bytes']:,}")
         elif digest != written["sha256"]:
             faults.append(f"{folder / name}: content changed (SHA-256)")
-    for packing in sorted(folder.iterdir()):
-        if packing.is_dir() and ".unfinished-" not in packing.name:
-            faults += find_faults(packing)
-    if not faults:
-        try:
-            (open_packed if (folder / "document_ids.npy").exists() else open_tokens)(folder)
-        except DataError as error:
-            faults.append(str(error))
     return faults
 
 

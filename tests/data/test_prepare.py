@@ -15,13 +15,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import data.prepare
 from data import embedded
 from data.chat import Encoded, encode_conversations
 from data.config import DataConfig
 from data.errors import DataError
 from data.ledger import Ledger
-from data.prepare import prepare_tokens
-from data.sources import Source
+from data.prepare import PART_ROWS, Task, new_task, prepare_tokens, write_parts
+from data.sources import Source, load_rows
 from data.store import open_tokens
 
 CONFIG = DataConfig(seq_len=64, max_bad_rows_pct=100)
@@ -209,6 +210,8 @@ def test_whatever_changes_the_bytes_changes_the_folder(tokenizer, cache_dir: Pat
             (_source(MIXED), tokenizer, replace(CONFIG, train_on="last")),
             (_source(MIXED), tokenizer, replace(CONFIG, control_tokens="plain")),
             (_source(MIXED), tokenizer, replace(CONFIG, format="messages")),
+            (_source(MIXED), tokenizer, replace(CONFIG, expand_turns=True)),
+            (_source(MIXED), tokenizer, replace(CONFIG, packing="fixed")),
         ]
     ]
     assert len(set(folders)) == len(folders)
@@ -258,3 +261,79 @@ def test_a_folder_that_cannot_be_written_is_an_error(tokenizer, tmp_path: Path) 
     blocked.write_text("")
     with pytest.raises(DataError, match="file"):
         prepare_tokens(_source(MIXED), tokenizer, CONFIG, cache_dir=blocked)
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_parts_processes_and_interruptions_give_the_same_bytes(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps(row) for row in embedded.generate_conversations("train", count=700)]
+    lines[5] = lines[690] = json.dumps(_row(""))
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(lines))
+    config = replace(CONFIG, path=str(file), prepare_workers=1)
+
+    def prepare(name: str, given: DataConfig = config) -> dict[str, bytes]:
+        source = load_rows(given, "train", cache_dir=tmp_path / name)
+        return _bytes(prepare_tokens(source, tokenizer, given, cache_dir=tmp_path / name))
+
+    whole = prepare("whole")
+    ledger = json.loads(whole["meta.json"])["ledger"]
+    assert ledger["excluded"] == {"content is empty": {"rows": 2, "first": [5, 690]}}
+    monkeypatch.setattr("data.prepare.PART_ROWS", 100)
+    assert prepare("parts") == whole
+    # A run that broke off left some parts; they are used, not made again.
+    source = load_rows(config, "train", cache_dir=tmp_path / "resumed")
+    task = new_task(source, tokenizer, config, cache_dir=tmp_path / "resumed")
+    write_parts(task, [0, 4])
+    stamps = {
+        number: (task.part_folder(number) / "ledger.json").stat().st_mtime_ns for number in (0, 4)
+    }
+    join = data.prepare.join_parts
+
+    def join_and_look(task: Task) -> None:
+        assert {
+            number: (task.part_folder(number) / "ledger.json").stat().st_mtime_ns
+            for number in stamps
+        } == stamps
+        join(task)
+
+    monkeypatch.setattr("data.prepare.join_parts", join_and_look)
+    assert prepare("resumed") == whole
+    assert not task.in_progress.exists()
+
+
+def test_two_processes_tokenise_and_give_the_same_bytes(tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": f"{number} is a number"} for number in range(PART_ROWS + 50)]
+    rows[PART_ROWS + 7] = {"text": ""}
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    results = []
+    for workers in (1, 2):
+        config = replace(CONFIG, path=str(file), prepare_workers=workers)
+        cache = tmp_path / str(workers)
+        source = load_rows(config, "train", cache_dir=cache)
+        results.append(_bytes(prepare_tokens(source, tokenizer, config, cache_dir=cache)))
+    assert results[0] == results[1]
+    ledger = json.loads(results[0]["meta.json"])["ledger"]
+    assert ledger["excluded"] == {"text is empty": {"rows": 1, "first": [PART_ROWS + 7]}}
+    # What a worker raises is one line here as well.
+    config = replace(config, overlong="error", seq_len=2)
+    with pytest.raises(DataError, match=r"row 0 has \d+ tokens, more than data.seq_len=2"):
+        prepare_tokens(source, tokenizer, config, cache_dir=tmp_path / "error")
+
+
+def test_one_row_can_give_several_examples(tokenizer, cache_dir: Path) -> None:
+    messages = [*_row("one")["messages"], *_row("two")["messages"], *_row(LONG)["messages"]]
+    rows = [{"messages": messages}, _row("three"), _row(LONG)]
+    config = replace(CONFIG, expand_turns=True)
+    folder = prepare_tokens(_source(rows), tokenizer, config, cache_dir=cache_dir)
+    store, ledger = open_tokens(folder), _ledger(folder)
+    answers = [tokenizer.decode(ids[marks].tolist()) for ids, marks in map(store.example, range(3))]
+    assert answers == ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"]
+    assert (ledger.rows_read, ledger.rows_used, ledger.examples) == (3, 2, 3)
+    assert ledger.overlong_dropped == 1
+    assert ledger.tokens_read == ledger.tokens + ledger.tokens_dropped
