@@ -9,8 +9,21 @@ import pytest
 import torch
 
 from tests.support.command import clean_environment
+from tests.support.ranks import start_server
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server_of_the_ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Start the server that ranks are forked from: it loads the libraries while unit tests run.
+
+    Before any test: one that forks from a server of its own would leave it, bare, to all others.
+    """
+    if any(item.get_closest_marker("distributed") for item in request.session.items):
+        start_server(clean_environment(tmp_path_factory.mktemp("server")))
 
 
 @pytest.fixture(autouse=True)

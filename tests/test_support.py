@@ -25,6 +25,12 @@ def _environment(name: str) -> tuple[str, str, bool]:
     return os.environ[name], os.environ["LOCAL_RANK"], dist.is_initialized()
 
 
+def _from_the_server() -> bool:
+    from tests.support import preload
+
+    return os.getppid() == preload.SERVER_PID
+
+
 def _fail_on_last_rank() -> None:
     if dist.get_rank() == dist.get_world_size() - 1:
         raise ValueError("the reason")
@@ -64,6 +70,11 @@ def test_ranks_get_the_environment_and_no_group_when_asked() -> None:
     results = run_ranks(_environment, 2, "MY_FLAG", env={"MY_FLAG": "7"}, init_group=False)
     assert results == [("7", "0", False), ("7", "1", False)]
     assert "MY_FLAG" not in os.environ
+
+
+@pytest.mark.distributed
+def test_ranks_import_nothing_again() -> None:
+    assert run_ranks(_from_the_server, 2, init_group=False) == [True, True]
 
 
 @pytest.mark.distributed

@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks of this machine.
 
-The ranks are forked from one server process that has already imported torch and transformers, so
-that a launch costs a fraction of a second instead of the imports once per rank.
+The ranks are forked from one server process that has already imported the libraries, so that a
+launch costs a fraction of a second instead of the imports once per rank.
 """
 
 from __future__ import annotations
@@ -24,14 +24,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = [
-    "torch",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint",
-    "torch.distributed.checkpoint.state_dict",
-    "transformers",
-    "transformers.models.qwen3.modeling_qwen3",
-]
+_PRELOAD = ["tests.support.preload"]
 # Thread pools do not survive a fork, and ranks share the cores: one thread each.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _TEARDOWN_SECONDS = 10.0
@@ -62,7 +55,7 @@ def run_ranks(
     Raises RuntimeError with the traceback of the first rank that failed, or with its exit code when
     it died; TimeoutError with the stack of every unfinished rank after `timeout` seconds.
     """
-    context = _forkserver()
+    context = start_server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         home = Path(folder, "home")
         home.mkdir()
@@ -105,12 +98,16 @@ def run_ranks(
                 receiver.close()
 
 
-def _forkserver() -> ForkServerContext:
-    """The context whose server has the libraries loaded; started by the first call."""
+def start_server(env: dict[str, str] | None = None) -> ForkServerContext:
+    """The context whose server has the libraries loaded; the first call starts it and does not wait.
+
+    `env` is the server's environment, this process's by default; libraries read it when they load.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     before = dict(os.environ)
-    os.environ.update(_ONE_THREAD)  # OpenMP reads it when the server loads torch
+    os.environ.clear()
+    os.environ.update({**(env or before), **_ONE_THREAD})  # OpenMP reads it when torch loads
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
