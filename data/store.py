@@ -192,7 +192,7 @@ def write_meta(folder: Path, meta: dict[str, Any], names: list[str]) -> None:
 def find_faults(folder: str | Path) -> list[str]:
     """One line for each file of a folder of tokens, and of its packings, that is not as written."""
     folder = Path(folder)
-    packings = sorted(path.parent for path in folder.glob("*/meta.json"))
+    packings = sorted(p for p in folder.glob("*/") if ".unfinished-" not in p.name)
     faults = [fault for place in (folder, *packings) for fault in _file_faults(place)]
     if not faults:
         try:

@@ -51,6 +51,11 @@ class TrainConfig:
     """auto continues from the newest checkpoint in output_dir; never starts anew; or the path of a
     checkpoint."""
 
+    allow_changed: tuple[
+        Literal["data", "packing", "seq_len", "global_batch_size", "seed"], ...
+    ] = ()
+    """What may differ from the checkpoint that is continued, though it changes which samples come next."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

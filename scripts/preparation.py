@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,27 @@ from data.embedded import build_tokenizer
 from data.errors import DataError
 from data.mixture import Mixture, mix
 from data.prepare import prepare_tokens, tokenizer_key
-from data.sources import load_rows
+from data.sources import Row, load_rows
 from data.store import open_packed, open_tokens, prepare_packs
+from data.streaming import stream_format
 from models.build import check_fits, read_model_config
 from models.hub import fetch_model
 from models.tokenizer import load_tokenizer
 from scripts.config import TrainConfig
 
 
-def prepare(config: TrainConfig, cache_dir: Path, *, to_train: bool = True) -> dict[str, Any]:
+def prepare(
+    config: TrainConfig, cache_dir: Path, *, to_train: bool = True, world_size: int = 1
+) -> dict[str, Any]:
     """Bring model and data to this machine, turn rows into tokens and pack them; one process of a node does it.
 
     Without `to_train` it brings what decides the training tokens: no held-out rows, and no weights
     (unless the tokenizer is another model's: then the model's own folder may hold none).
 
     Returns:
-        Folders and commits, as JSON can hold them: of the model, the tokenizer, the training sources
-        and the held-out ones. When streaming there are no training sources.
+        Absolute folders and commits, as JSON can hold them: of the model, the tokenizer, the training
+        sources and the held-out ones. When streaming there are no training sources, but a stream:
+        its name, commit and format; `world_size` ranks will read it.
 
     Raises:
         DataError, ModelError: what the user can mend.
@@ -42,7 +47,9 @@ def prepare(config: TrainConfig, cache_dir: Path, *, to_train: bool = True) -> d
     prepared = prepare_model(config, cache_dir, only_tokenizer=not to_train)
     tokenizer = read_tokenizer(config, cache_dir, prepared["tokenizer"])
     sources = source_configs(config.data)
-    if not config.data.streaming:
+    if config.data.streaming:
+        prepared["stream"] = open_stream(config.data, cache_dir, world_size)
+    else:
         prepared["sources"] = [
             prepare_source(source.data, source.data.split, tokenizer, cache_dir)
             for source in sources
@@ -70,11 +77,11 @@ def prepare_model(
         )
         model_folder, model_commit = fetched.path, fetched.commit
     elif chosen.path is not None:
-        model_folder = Path(chosen.path)
+        model_folder = Path(chosen.path).absolute()
     if chosen.tokenizer is None:
         tokenizer_folder = model_folder or embedded_tokenizer(cache_dir)
     elif Path(chosen.tokenizer).is_dir():
-        tokenizer_folder = Path(chosen.tokenizer)
+        tokenizer_folder = Path(chosen.tokenizer).absolute()
     else:
         tokenizer_folder = fetch_model(
             chosen.tokenizer, revision=None, cache_dir=cache_dir, only_tokenizer=True
@@ -108,6 +115,28 @@ def prepare_source(
     meta = open_tokens(tokens).meta
     packs = prepare_packs(tokens, method=config.packing, seq_len=config.seq_len)
     return {"name": meta["source"], "commit": meta["commit"], "packs": str(packs)}
+
+
+def open_stream(config: DataConfig, cache_dir: Path, world_size: int) -> dict[str, Any]:
+    """Name, commit and format of what is read while training."""
+    from data.sources import stream_origin, stream_rows
+
+    name, commit = stream_origin(config, cache_dir=cache_dir)
+    pinned = replace(config, revision=commit)
+    rows = stream_rows(pinned, config.split, cache_dir=cache_dir, skip=0)
+    kind = stream_format(rows, config, name=name, world_size=world_size)
+    return {"name": name, "commit": commit, "format": kind}
+
+
+def stream_rows_of_rank(
+    config: DataConfig, cache_dir: Path, world_size: int, rank: int, skip: int
+) -> Iterator[Row]:
+    """Every `world_size`-th row from row `rank` on, without the first `skip` of them."""
+    from data.sources import stream_rows
+
+    return stream_rows(
+        config, config.split, cache_dir=cache_dir, skip=skip, every=world_size, offset=rank
+    )
 
 
 def fetch_prepared(place: str, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Path:

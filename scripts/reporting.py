@@ -6,6 +6,7 @@ import json
 import platform
 import re
 import signal
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,11 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from data.config import source_configs
+from data.ledger import Ledger
 from data.mixture import Mixture
 from models.causal_lm import PackedCausalLM
 from models.weights import LoadReport
-from scripts.command_line import to_yaml
+from scripts.command_line import printable, to_yaml
 from scripts.config import TrainConfig
 from scripts.ledger import anything_left_out, ledger_table
 from trainer.loop import Progress
@@ -42,7 +44,7 @@ def header(
     job: Job,
     model: PackedCausalLM,
     weights: LoadReport | None,
-    mixture: Mixture,
+    mixture: Mixture | None,
     steps: int,
     progress: Progress,
 ) -> str:
@@ -54,10 +56,14 @@ def header(
     rows = {
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
         f"{human(parameters)} parameters, {weights or 'random weights'}",
-        **data_rows(mixture, seq_len),
+        **(
+            {"data": f"{job.prepared['stream']['name']}, read while training"}
+            if mixture is None
+            else data_rows(mixture, seq_len)
+        ),
         "run": f"{steps:,} steps of {job.global_batch_size} rows "
-        f"({job.micro_batch_size} x {world_size} ranks x {job.grad_accum_steps} accumulated), "
-        f"{steps * job.global_batch_size / len(mixture):.1f} epochs",
+        f"({job.micro_batch_size} x {world_size} ranks x {job.grad_accum_steps} accumulated)"
+        + (f", {steps * job.global_batch_size / len(mixture):.1f} epochs" if mixture else ""),
         "ranks": f"{world_size} on {device_name(job.device)}" + (" each" if world_size > 1 else ""),
         "precision": ", ".join(
             f"{what} {how}" for what, how in precision.items() if what != "optimizer state"
@@ -68,7 +74,7 @@ def header(
         rows["resume"] = f"after step {progress.step} of {steps}"
     tables = [
         ledger_table(source.documents.meta["source"], source.ledger, seq_len=seq_len)
-        for source in mixture.sources
+        for source in (mixture.sources if mixture else ())
         if anything_left_out(source.ledger)
     ]
     return "\n\n".join([table(rows), *tables]) + ("\n" if tables else "")
@@ -135,7 +141,7 @@ def footer(job: Job, before: dict[str, float], after: dict[str, float], *, mfu_p
     return "\n".join(lines)
 
 
-def write_run_files(job: Job, mesh: DeviceMesh, mixture: Mixture) -> str | None:
+def write_run_files(job: Job, mesh: DeviceMesh, mixture: Mixture | None) -> str | None:
     """Write config.yaml and run.json; returns the error line if that fails."""
     run: dict[str, Any] = {
         "versions": {
@@ -150,25 +156,7 @@ def write_run_files(job: Job, mesh: DeviceMesh, mixture: Mixture) -> str | None:
             "revision": job.config.model.revision,
             "commit": job.prepared["model_commit"],
         },
-        "data": {
-            "sources": [
-                {
-                    "name": prepared["name"],
-                    "revision": config.data.revision,
-                    "commit": prepared["commit"],
-                    "weight": config.weight,
-                    "packed_rows_per_epoch": rows,
-                    "ledger": packed.ledger,
-                }
-                for config, prepared, rows, packed in zip(
-                    source_configs(job.config.data),
-                    job.prepared["sources"],
-                    mixture.counts,
-                    mixture.sources,
-                    strict=True,
-                )
-            ]
-        },
+        "data": {"sources": _sources_of_run(job, mixture)},
         "world_size": job.ranks.world_size,
         "device": device_name(job.device),
         "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
@@ -177,10 +165,59 @@ def write_run_files(job: Job, mesh: DeviceMesh, mixture: Mixture) -> str | None:
         "grad_accum_steps": job.grad_accum_steps,
         "seed": job.config.seed,
     }
+    return _write(job, {"config.yaml": to_yaml(job.config), "run.json": _to_json(run)})
+
+
+def _sources_of_run(job: Job, mixture: Mixture | None) -> list[dict[str, Any]]:
+    data = job.config.data
+    if mixture is None:
+        stream = job.prepared["stream"]
+        return [{**stream, "revision": data.revision, "streaming": True}]
+    return [
+        {
+            "name": prepared["name"],
+            "revision": config.data.revision,
+            "commit": prepared["commit"],
+            "weight": config.weight,
+            "packed_rows_per_epoch": rows,
+            "ledger": packed.ledger,
+        }
+        for config, prepared, rows, packed in zip(
+            source_configs(data),
+            job.prepared["sources"],
+            mixture.counts,
+            mixture.sources,
+            strict=True,
+        )
+    ]
+
+
+def record_stream(job: Job, ledger: Ledger) -> str | None:
+    """Put what was read of a stream into run.json; returns the error line if that fails."""
+    run = json.loads((job.output_dir / "run.json").read_text(encoding="utf-8"))
+    run["data"]["sources"][0]["ledger"] = asdict(ledger)
+    return _write(job, {"run.json": _to_json(run)})
+
+
+def stream_line(job: Job, ledger: Ledger) -> str:
+    """What this run has read of a stream."""
+    reasons = "; ".join(f"{entry['rows']:,} {why}" for why, entry in ledger.excluded.items())
+    left_out = f", excluded: {printable(reasons)}" if reasons else ""
+    return (
+        f"read {ledger.rows_read:,} rows of {job.prepared['stream']['name']}, "
+        f"{ledger.rows_used:,} used{left_out}"
+    )
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _write(job: Job, texts: dict[str, str]) -> str | None:
     try:
         job.output_dir.mkdir(parents=True, exist_ok=True)
-        (job.output_dir / "config.yaml").write_text(to_yaml(job.config), encoding="utf-8")
-        (job.output_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        for name, text in texts.items():
+            (job.output_dir / name).write_text(text, encoding="utf-8")
     except OSError as error:
         return f"--output_dir {job.output_dir} cannot be written ({error.strerror}); give another folder"
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from data.embedded import check_answer, questions
+from data.ledger import Ledger
 from data.loader import PackedBatches
 from data.mixture import Mixture, mix
 from data.store import open_packed, pack_store
+from data.streaming import StreamedBatches
 from models.build import build_model, decoder_layer_classes, materialise, read_model_config
 from models.causal_lm import PackedCausalLM
 from models.export import export_model
@@ -30,11 +32,12 @@ from scripts.preparation import (
     pin_revisions,
     prepare,
     read_tokenizer,
+    stream_rows_of_rank,
     uses_embedded_data,
 )
 from trainer.checkpoint import Checkpointer, complete_checkpoints
 from trainer.config import ParallelConfig
-from trainer.distributed import Ranks, max_over_ranks, once_per_node, raise_together, start
+from trainer.distributed import Ranks, gather, max_over_ranks, once, raise_together, start
 from trainer.errors import TrainError
 from trainer.hardware import choose_device, configure, peak_flops
 from trainer.loop import Progress, Speedometer, StopRequest, evaluate_loss, train
@@ -75,10 +78,15 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
     device_type = choose_device(config.device, local_world_size=ranks.local_world_size)
     configure(device_type, local_world_size=ranks.local_world_size)
     micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, ranks.world_size)
-    # One rank of a node downloads and tokenises. The process group, whose collectives time out, comes after.
+    # One rank of a node, or of all nodes that share the cache, downloads and tokenises. The process group, whose collectives time out, comes after.
     output_dir = Path(config.output_dir or f"outputs/{reporting.run_name(config)}")
     pinned = pin_revisions(config, output_dir)
-    prepared = once_per_node(ranks, "prepare", partial(prepare, pinned, cache_dir))
+    prepared = once(
+        ranks,
+        "prepare",
+        partial(prepare, pinned, cache_dir, world_size=ranks.world_size),
+        shared_folder=cache_dir,
+    )
     device = start(ranks, device_type)
     job = Job(
         config=config,
@@ -100,24 +108,32 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
 def _run(job: Job) -> int:
     config, ranks, device = job.config, job.ranks, job.device
     tokenizer = read_tokenizer(config, job.cache_dir, job.prepared["tokenizer"])
-    mixture = open_mixture(config.data, job.prepared)
-    steps = config.steps or math.ceil(len(mixture) * config.epochs / job.global_batch_size)
+    mixture = None if config.data.streaming else open_mixture(config.data, job.prepared)
+    samples_per_epoch = None if mixture is None else len(mixture)
+    # A stream has no length: it is given the steps.
+    steps = config.steps or math.ceil(
+        (samples_per_epoch or 0) * config.epochs / job.global_batch_size
+    )
 
     mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
     torch.manual_seed(config.seed + ranks.rank)  # what a model draws while training differs by rank
     optimizer = build_optimizer(model, config.optimizer)
     checkpointer = Checkpointer(job.output_dir / "checkpoints", model, optimizer, config.checkpoint)
-    # A cursor means the same samples only while these are the same.
-    order = {
-        "data": {str(i): s.documents.meta["key"] for i, s in enumerate(mixture.sources)},
-        "rows_per_epoch": list(mixture.counts),
-        "packing": config.data.packing,
-        "seq_len": config.data.seq_len,
-        "global_batch_size": job.global_batch_size,
-        "seed": config.seed,
-    }
-    progress = resume(job, checkpointer, order)
+    order = order_of_samples(job, mixture)
+    progress, states = resume(job, checkpointer, order)
+    batches = (
+        open_stream(job, tokenizer, states)
+        if mixture is None
+        else open_batches(job, mixture, tokenizer, start_sample=progress.samples)
+    )
+
+    def save(now: Progress) -> None:
+        state: dict[str, Any] = {"samples": now.samples, "order": order}
+        if isinstance(batches, StreamedBatches):
+            state["stream"] = gather(batches.state)
+        checkpointer.save(now.step, state)
+
     say = partial(print, flush=True) if ranks.is_first else (lambda _: None)
     say(reporting.header(job, model, weights, mixture, steps, progress))
     if progress.step >= steps:
@@ -145,7 +161,7 @@ def _run(job: Job) -> int:
         finished = train(
             model,
             optimizer,
-            open_batches(job, mixture, tokenizer, start_sample=progress.samples),
+            batches,
             loss_fn=causal_lm_loss,
             learning_rate=partial(
                 learning_rate_at,
@@ -158,11 +174,11 @@ def _run(job: Job) -> int:
             steps=steps,
             global_batch_size=job.global_batch_size,
             grad_accum_steps=job.grad_accum_steps,
-            samples_per_epoch=len(mixture),
+            samples_per_epoch=samples_per_epoch,
             device=device,
             evaluate=lambda step: after.update(evaluate(step)),
             evaluate_every=config.evaluation.every,
-            save=lambda now: checkpointer.save(now.step, {"samples": now.samples, "order": order}),
+            save=save,
             save_every=config.checkpoint.every,
             log=writer.write,
             log_every=config.log.every,
@@ -174,6 +190,10 @@ def _run(job: Job) -> int:
             ),
         )
         checkpointer.wait()
+    if isinstance(batches, StreamedBatches):
+        ledger = total_ledger(batches)
+        raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
+        say(reporting.stream_line(job, ledger))
     if not finished:
         (number,) = max_over_ranks([int(stop.signal or 0)])
         say(reporting.stopped(job, int(number), progress.step))
@@ -271,8 +291,60 @@ def open_batches(
     )
 
 
-def resume(job: Job, checkpointer: Checkpointer, order: dict[str, Any]) -> Progress:
+def order_of_samples(job: Job, mixture: Mixture | None) -> dict[str, Any]:
+    """What decides which sample a cursor stands for: it means the same only while these are the same."""
+    config = job.config
+    if mixture is None:
+        data: dict[str, Any] = {"stream": job.prepared["stream"]}
+    else:
+        data = {str(i): s.documents.meta["key"] for i, s in enumerate(mixture.sources)}
+        data["rows_per_epoch"] = list(mixture.counts)
+    return {
+        "data": data,
+        "packing": config.data.packing,
+        "seq_len": config.data.seq_len,
+        "global_batch_size": job.global_batch_size,
+        "seed": config.seed,
+    }
+
+
+def open_stream(
+    job: Job, tokenizer: PreTrainedTokenizerBase, states: list[dict[str, int]] | None
+) -> StreamedBatches:
+    """This rank's micro-batches of a stream; `states` are those of all ranks at a checkpoint."""
+    config, ranks, stream = job.config, job.ranks, job.prepared["stream"]
+    # Another number of ranks is refused by any of the states, since each names it.
+    state = states[min(ranks.rank, len(states) - 1)] if states else None
+    data = replace(config.data, format=stream["format"], revision=stream["commit"])
+    return StreamedBatches(
+        partial(stream_rows_of_rank, data, job.cache_dir, ranks.world_size, ranks.rank),
+        tokenizer,
+        data,
+        name=stream["name"],
+        micro_batch_size=job.micro_batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        state=state,
+    )
+
+
+def total_ledger(batches: StreamedBatches) -> Ledger:
+    """What all ranks have read of a stream."""
+    total = Ledger()
+    for ledger in gather(batches.ledger):
+        total.add(ledger)
+    return total
+
+
+def resume(
+    job: Job, checkpointer: Checkpointer, order: dict[str, Any]
+) -> tuple[Progress, list[dict[str, int]] | None]:
     """Continue from a checkpoint if there is one to continue from.
+
+    Returns:
+        How far it was, and of a stream the state of each rank.
 
     Raises:
         TrainError: `--resume never` would mix two runs; or the checkpoint counts samples in another order.
@@ -286,23 +358,24 @@ def resume(job: Job, checkpointer: Checkpointer, order: dict[str, Any]) -> Progr
             if held
             else None
         )
-        return Progress()
+        return Progress(), None
     checkpoint = checkpointer.newest() if wanted == "auto" else Path(wanted)
     if checkpoint is None:
-        return Progress()
+        return Progress(), None
     state = checkpointer.restore(checkpoint)
     was, now = _flat(state["order"]), _flat(order)
-    changed = [
-        f"{key} was {was.get(key)}, is {now.get(key)}"
+    changed = {
+        key: f"{key} was {was.get(key)}, is {now.get(key)}"
         for key in was | now
-        if was.get(key) != now.get(key)
-    ]
+        if was.get(key) != now.get(key) and key.split(".")[0] not in job.config.allow_changed
+    }
     if changed:
         raise TrainError(
-            f"{checkpoint} was trained on other samples ({'; '.join(changed)}); "
-            "undo the change, or start anew with another --output_dir"
+            f"{checkpoint} was trained on other samples ({'; '.join(changed.values())}); undo the "
+            "change, start anew with another --output_dir, or go on at the same number of samples "
+            f"with --allow_changed '[{', '.join(dict.fromkeys(key.split('.')[0] for key in changed))}]'"
         )
-    return Progress(step=state["step"], samples=state["samples"])
+    return Progress(step=state["step"], samples=state["samples"]), state.get("stream")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -223,17 +223,22 @@ def _reduced(values: Sequence[float], operation: Any) -> list[float]:
     return tensor.tolist()
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in their order, on every rank; a value is what pickle can hold."""
+    values = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def raise_together(error: str | None) -> None:
     """Every rank calls this with its own error or None; if any has one, all raise the same line.
 
     Raises:
         TrainError: the first rank's error.
     """
-    errors: list[str | None] = [error]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-    first = next((e for e in errors if e is not None), None)
+    first = next((e for e in gather(error) if e is not None), None)
     if first is not None:
         raise TrainError(first)
 

@@ -81,7 +81,7 @@ def train(
     steps: int,
     global_batch_size: int,
     grad_accum_steps: int,
-    samples_per_epoch: int,
+    samples_per_epoch: int | None,
     device: torch.device,
     evaluate: Callable[[int], None],
     evaluate_every: int,
@@ -107,7 +107,7 @@ def train(
         steps: the last step of the run.
         global_batch_size: packed rows per step over all ranks.
         grad_accum_steps: micro-batches per step on this rank.
-        samples_per_epoch: packed rows of one epoch, for the logged epoch.
+        samples_per_epoch: packed rows of one epoch, for the logged epoch; None where data have no end.
         device: where batches go.
         evaluate: called after every `evaluate_every`-th step and after the last.
         evaluate_every: 0 for only after the last.
@@ -168,7 +168,7 @@ def train(
             log(
                 {
                     "step": step,
-                    "epoch": progress.samples / samples_per_epoch,
+                    "epoch": progress.samples / samples_per_epoch if samples_per_epoch else None,
                     **window.row(device),
                     "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                     "learning_rate": learning_rate(step),
