@@ -21,7 +21,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -34,20 +35,30 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+"""The roles a message may have, and what the template is told instead."""
+
 _DISGUISE = "\ue000"  # a private-use character, for the first of a control token that is only text
 BATCH_ROWS = 256  # rows rendered while the ones before are tokenised
+_BATCH_ROWS_EXPANDED = 32  # the same, where a row is rendered once for each of its turns
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation that can be trained on."""
+    """An example that can be trained on: a row, or with expand_turns a row up to one of its turns."""
 
     row: int
     """Index of its row in the source."""
 
     input_ids: np.ndarray
-    """int32 [length]: what apply_chat_template gives for the whole conversation."""
+    """int32 [length]: what apply_chat_template gives for the conversation."""
 
     supervised: np.ndarray
     """bool [length]: the tokens that are trained on. Of a conversation those of the assistant turns
@@ -56,7 +67,7 @@ class Encoded:
     stripped_reasoning_turns: int
     """Assistant turns that are trained on, but whose reasoning the template leaves out."""
 
-    stripped_reasoning_tokens: int = 0
+    stripped_reasoning_tokens: int
     """Tokens of that reasoning."""
 
 
@@ -89,7 +100,8 @@ class _Rendered:
     controls: tuple[tuple[int, int], ...] | None
     """Character spans of the template's control tokens, where the row's own text spells some too."""
 
-    stripped_reasoning_turns: int
+    stripped_reasoning: tuple[str, ...]
+    """What the template leaves out of those turns."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,10 @@ class _Joined:
         return None if span is None else (first + span[0], first + span[1])
 
 
+_Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
+"""Messages and tools."""
+
+
 class Unusable(Exception):
     """Raised with the reason a row is excluded; it becomes an Excluded."""
 
@@ -126,21 +142,27 @@ def encode_conversations(
     *,
     to_conversation: Callable[[Row], Row] | None = None,
     train_on: Literal["all", "last"] = "all",
+    expand_turns: bool = False,
     control_tokens: Literal["exclude", "plain"] = "exclude",
 ) -> Iterator[Encoded | Excluded]:
     """One result for every row, in order: its ids and marks, or the reason it has none.
 
     A row is {"messages": [{"role", "content", ...}, ...]} and may have "tools"; `to_conversation`
     makes that of a row that is not, or raises Unusable. Of its assistant turns all or the last are
-    trained on, but for those with "train": false. A row whose text spells a control token is
-    excluded, or the token is taken for plain text. Raises DataError if the tokenizer has no chat
-    template, or one whose assistant turns cannot be told apart.
+    trained on, but for those with "train": false. With `expand_turns` a row has a result for each
+    of those turns, one after the other: the conversation that ends with it, and of which only it is
+    trained on; an example that cannot be proven excludes the row. A row whose text spells a control
+    token is excluded, or the token is taken for plain text. Raises DataError if the tokenizer has
+    no chat template, or one whose assistant turns cannot be told apart.
     """
-    template = ChatTemplate(tokenizer, train_on=train_on, control_tokens=control_tokens)
+    template = ChatTemplate(
+        tokenizer, train_on=train_on, expand_turns=expand_turns, control_tokens=control_tokens
+    )
+    batch_rows = _BATCH_ROWS_EXPANDED if expand_turns else BATCH_ROWS
     # The tokenizer leaves the interpreter lock, so the next rows are rendered meanwhile.
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = None
-        for first, batch in row_batches(rows):
+        for first, batch in row_batches(rows, batch_rows):
             rendered = template.render(batch, first, to_conversation)
             encodings = pool.submit(template.tokenise, rendered)
             if waiting is not None:
@@ -150,25 +172,36 @@ def encode_conversations(
             yield from template.mark(waiting[0], waiting[1].result())
 
 
-def row_batches(rows: Sequence[Row]) -> Iterator[tuple[int, list[Row]]]:
-    """(index of its first row, rows) of every batch of BATCH_ROWS."""
-    for first in range(0, len(rows), BATCH_ROWS):
-        batch: Any = rows[first : first + BATCH_ROWS]
+def row_batches(rows: Sequence[Row], size: int) -> Iterator[tuple[int, list[Row]]]:
+    """(index of its first row, rows) of every batch of `size` rows."""
+    for first in range(0, len(rows), size):
+        batch: Any = rows[first : first + size]
         if isinstance(batch, dict):  # a slice of a datasets.Dataset is a dict of columns
             columns = zip(*batch.values(), strict=True)
             batch = [dict(zip(batch, values, strict=True)) for values in columns]
         yield first, batch
 
 
-class TextTokenizer:
-    """The fast tokenizer behind a tokenizer, and the tokens that are structure and never text."""
+def text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TextTokenizer:
+    """The fast tokenizer behind `tokenizer`; raises DataError if there is none, or it is of no use."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError("the tokenizer has no tokenizer.json; masks need its character offsets")
+    return _load_text_tokenizer(backend.to_str())
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise DataError("the tokenizer has no tokenizer.json; masks need its character offsets")
+
+@lru_cache(maxsize=1)  # loading takes most of a second, which every block of rows would pay
+def _load_text_tokenizer(serialised: str) -> TextTokenizer:
+    return TextTokenizer(serialised)
+
+
+class TextTokenizer:
+    """A fast tokenizer, and those of its tokens that are structure and never text."""
+
+    def __init__(self, serialised: str) -> None:
+        """`serialised` is a tokenizer.json."""
         # An own copy, free of whatever padding or truncation a caller has switched on.
-        self.backend: Tokenizer = Tokenizer.from_str(backend.to_str())
+        self.backend: Tokenizer = Tokenizer.from_str(serialised)
         self.backend.no_padding()
         self.backend.no_truncation()
         # Tags such as <think> are added tokens too, but ordinary words of the model: a message may
@@ -213,13 +246,15 @@ class ChatTemplate:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        train_on: Literal["all", "last"] = "all",
-        control_tokens: Literal["exclude", "plain"] = "exclude",
+        train_on: Literal["all", "last"],
+        expand_turns: bool,
+        control_tokens: Literal["exclude", "plain"],
     ) -> None:
         self._tokenizer = tokenizer
         self._train_on = train_on
+        self._expand_turns = expand_turns
         self._control_tokens = control_tokens
-        self._text = TextTokenizer(tokenizer)
+        self._text = text_tokenizer(tokenizer)
         self._control = self._text.control
         if not tokenizer.chat_template:
             raise DataError(
@@ -277,29 +312,49 @@ class ChatTemplate:
     def render(
         self, rows: list[Row], first: int, to_conversation: Callable[[Row], Row] | None = None
     ) -> list[_Rendered | Excluded]:
-        """The text and assistant turns of each row; `first` is the index of the first."""
+        """The text and assistant turns of the examples of each row; `first` is the first's index."""
         results: list[_Rendered | Excluded] = []
         for index, row in enumerate(rows, first):
             try:
                 conversation = to_conversation(row) if to_conversation else row
-                results.append(self._render(index, conversation))
+                results += self._render_row(index, conversation)
             except Unusable as reason:
                 results.append(Excluded(index, str(reason)))
         return results
 
-    def _render(self, index: int, row: Row) -> _Rendered:
+    def _render_row(self, index: int, row: Row) -> list[_Rendered]:
         messages, tools = _clean_messages(row.get("messages")), _clean_tools(row.get("tools"))
         # Taken out of the messages: whether a turn is trained on must not reach the template.
         flags = [message.pop("train", True) for message in messages]
         if not all(isinstance(flag, bool) for flag in flags):
             raise Unusable("train is not true or false")
-        spelled = any(self._control.search(text) for text in _strings([messages, tools]))
+        if any("tool_calls" in message for message in messages) and not self._arguments_as_text:
+            messages = [_with_argument_objects(message) for message in messages]
         as_written = messages, tools
-        if spelled:
+        if any(self._control.search(text) for text in _strings([messages, tools])):
             messages, tools = self._disguise(messages, tools)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [i for i in answers if flags[i] and (self._train_on == "all" or i == answers[-1])]
+        if not self._expand_turns or not trained:
+            return [self._render(index, as_written, (messages, tools), trained)]
+        return [
+            self._render(
+                index, (as_written[0][: i + 1], as_written[1]), (messages[: i + 1], tools), [i]
+            )
+            for i in trained
+        ]
+
+    def _render(
+        self, index: int, as_written: _Conversation, disguised: _Conversation, trained: list[int]
+    ) -> _Rendered:
+        """One example, whose messages `trained` are trained on.
+
+        `disguised` is the same as `as_written` but for control tokens in texts.
+        """
+        messages, tools = disguised
         try:
             text = self._apply(messages, tools)
-            as_shown = self._apply(*as_written) if spelled else text
+            as_shown = self._apply(*as_written) if messages is not as_written[0] else text
             spans = self._find_turns(messages, tools, text)
         except Unusable:
             raise
@@ -307,19 +362,21 @@ class ChatTemplate:
             first_line = (str(error) or type(error).__name__).splitlines()[0][:80]
             raise Unusable(f"the chat template refuses it: {first_line}") from error
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        trained, stripped = [], 0
+        turns, stripped = [], []
         for place, turn in zip(answers, spans, strict=True):
             message = messages[place]
             said = text[turn.starts[-1] : turn.end]
             reasoning, answer = _split_reasoning(message)
-            names = [_tool_name(call) for call in message.get("tool_calls") or ()]
+            names = [_function(call)["name"] for call in message.get("tool_calls", ())]
             if not answer and not names:
                 raise Unusable("an assistant turn has reasoning but no answer")
             if answer not in said or not all(name in said for name in names):
                 raise Unusable("the chat template changes the text of an assistant turn")
-            if flags[place] and (self._train_on == "all" or place == answers[-1]):
-                trained.append(turn)
-                stripped += reasoning not in said
+            if place in trained:
+                turns.append(turn)
+                before = said.rpartition(answer)[0] if answer else said
+                if reasoning not in before:
+                    stripped.append(_split_reasoning(as_written[0][place])[0])
         if not all(
             message["content"].strip() in text
             for message in messages
@@ -327,12 +384,29 @@ class ChatTemplate:
         ):
             raise Unusable("the chat template changes the text of a message")
         controls = None
-        if spelled:
+        if text != as_shown:
             pairs = zip(text, as_shown, strict=False)
             if len(text) != len(as_shown) or any(a not in (b, _DISGUISE) for a, b in pairs):
                 raise Unusable("the chat template takes a control token in text for its own")
             controls = tuple(match.span() for match in self._control.finditer(text))
-        return _Rendered(index, as_shown, tuple(trained), controls, stripped)
+        return _Rendered(index, as_shown, tuple(turns), controls, tuple(stripped))
+
+    @cached_property
+    def _arguments_as_text(self) -> bool:
+        """Whether the template shows JSON text as arguments of a tool call as it does an object.
+
+        Some would quote it as a string, or refuse it: they are given the object.
+        """
+
+        def shown(arguments: Any) -> str:
+            call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+            turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return self._apply([{"role": "user", "content": "a"}, turn])
+
+        try:
+            return shown('{"a": 1}') == shown({"a": 1})
+        except Exception:  # a template is a program: it raises whatever it likes
+            return False
 
     def _disguise(self, messages: list[dict], tools: Any) -> tuple[list[dict], Any]:
         """Both with another first character in every control token, so that lengths stay."""
@@ -376,15 +450,23 @@ class ChatTemplate:
 
     # ---------------------------------------------------------------------------- tokenise and mark
 
-    def tokenise(self, rendered: list[_Rendered | Excluded]) -> list[Encoding | _Joined]:
-        """Encodings of the rows that have a text, on all cores."""
+    def tokenise(
+        self, rendered: list[_Rendered | Excluded]
+    ) -> list[tuple[Encoding | _Joined, int]]:
+        """(encoding, tokens of stripped reasoning) of the examples, on all cores."""
         items = [item for item in rendered if isinstance(item, _Rendered)]
         texts = [item.text for item in items if item.controls is None]
         whole = iter(self._text.backend.encode_batch(texts, add_special_tokens=False))
+        stripped = [reasoning for item in items for reasoning in item.stripped_reasoning]
+        counted = self._text.backend.encode_batch_fast(stripped, add_special_tokens=False)
+        counts = iter([len(encoding.ids) for encoding in counted])
         return [
-            next(whole)
-            if item.controls is None
-            else self._tokenise_between(item.text, item.controls)
+            (
+                next(whole)
+                if item.controls is None
+                else self._tokenise_between(item.text, item.controls),
+                sum(islice(counts, len(item.stripped_reasoning))),
+            )
             for item in items
         ]
 
@@ -405,18 +487,20 @@ class ChatTemplate:
         return _Joined(tuple(parts), tuple(first_characters), tuple(first_tokens))
 
     def mark(
-        self, rendered: list[_Rendered | Excluded], encodings: list[Encoding | _Joined]
-    ) -> list[Encoded | Excluded]:
+        self,
+        rendered: list[_Rendered | Excluded],
+        tokenised: list[tuple[Encoding | _Joined, int]],
+    ) -> Iterator[Encoded | Excluded]:
         """Mark the tokens of the assistant turns and prove that they are those and no others."""
         results: list[Encoded | Excluded] = []
         to_decode: list[list[int]] = []
         expected: list[tuple[int, str]] = []  # place in results, text of a turn
-        remaining = iter(encodings)
+        remaining = iter(tokenised)
         for item in rendered:
             if isinstance(item, Excluded):
                 results.append(item)
                 continue
-            encoding = next(remaining)
+            encoding, stripped_tokens = next(remaining)
             ids = encoding.ids
             if item.controls is not None:
                 acting = sum(token in self._text.control_ids for token in ids)
@@ -441,7 +525,8 @@ class ChatTemplate:
                         item.row,
                         np.array(ids, dtype=np.int32),
                         supervised,
-                        item.stripped_reasoning_turns,
+                        len(item.stripped_reasoning),
+                        stripped_tokens,
                     )
                 )
         decoded = self._text.backend.decode_batch(to_decode, skip_special_tokens=False)
@@ -450,7 +535,11 @@ class ChatTemplate:
                 results[place] = Excluded(
                     results[place].row, "the marked tokens do not decode to the turn"
                 )
-        return results
+        # A row is used whole or not at all.
+        for _, group in groupby(results, key=lambda result: result.row):
+            examples = list(group)
+            bad = next((example for example in examples if isinstance(example, Excluded)), None)
+            yield from examples if bad is None else [bad]
 
 
 def _token_at_border(encoding: Encoding | _Joined, start: int) -> int | None:
@@ -491,18 +580,60 @@ def _clean_messages(messages: Any) -> list[dict[str, Any]]:
     for message in list_of_objects(messages, "messages"):
         # Arrow gives every message the fields of all others, as null: they were never there.
         message = _without_nulls(message)
-        if message.get("role") not in ROLES:
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
             raise Unusable("unknown role")
-        role, calls = message["role"], message.get("tool_calls")
-        content = message.setdefault("content", "" if calls else None)
+        message["role"] = ROLES[role]
+        if "function_call" in message:  # how the OpenAI API wrote it before it had tool_calls
+            if message.get("tool_calls"):
+                raise Unusable("a message has both tool_calls and function_call")
+            message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
+        calls = message.get("tool_calls")
+        if calls and not (isinstance(calls, list) and all(map(_function, calls))):
+            raise Unusable("tool_calls is not a list of functions with a name")
+        content = message.get("content", "" if calls else None)
+        if isinstance(content, list):
+            content = "".join(map(_text_of_part, content))
         if not isinstance(content, str):
             raise Unusable("content is missing" if content is None else "content is not a string")
-        if not content.strip() and role != "tool" and not calls:
+        if not content.strip() and message["role"] != "tool" and not calls:
             raise Unusable("content is empty")
-        cleaned.append(message)
+        cleaned.append({**message, "content": content})
     if not any(message["role"] == "assistant" for message in cleaned):
         raise Unusable("no assistant turn")
     return cleaned
+
+
+def _text_of_part(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise Unusable("content has a part that is not text")
+
+
+def _function(call: Any) -> dict[str, Any]:
+    """{"name", "arguments"} of a tool call, which may stand alone or in "function"; else empty."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]:
+        return function
+    return {}
+
+
+def _with_argument_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with objects for those arguments of its tool calls that are JSON text."""
+
+    def parsed(call: dict[str, Any]) -> dict[str, Any]:
+        function = _function(call)
+        if not isinstance(function.get("arguments"), str):
+            return call
+        try:
+            arguments = json.loads(function["arguments"] or "{}")
+        except json.JSONDecodeError as error:
+            raise Unusable("the arguments of a tool call are not JSON") from error
+        function = {**function, "arguments": arguments}
+        return {**call, "function": function} if "function" in call else function
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [parsed(call) for call in calls]} if calls else message
 
 
 def _clean_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -555,8 +686,3 @@ def _split_reasoning(message: dict[str, Any]) -> tuple[str, str]:
         before, _, content = content.rpartition("</think>")
         reasoning = before.rpartition("<think>")[2]
     return str(reasoning).strip(), content.strip()
-
-
-def _tool_name(call: Any) -> str:
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    return str(function.get("name", "")) if isinstance(function, dict) else ""

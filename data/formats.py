@@ -6,6 +6,7 @@ token ids are used as they are: no template touches them.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,14 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from data.chat import (
+    BATCH_ROWS,
     Encoded,
     Excluded,
     Row,
-    TextTokenizer,
     Unusable,
     encode_conversations,
     list_of_objects,
     row_batches,
+    text_tokenizer,
 )
 from data.config import DataConfig
 from data.errors import DataError
@@ -54,7 +56,9 @@ def encode_rows(
 ) -> Iterator[Encoded | Excluded]:
     """One result for every row, in order: its ids and marks, or the reason it has none.
 
-    `rows` has at least one row; `name` is what errors call them. Raises DataError if no format, or
+    With data.expand_turns a conversation may have several results, one after the other with the
+    same row; never one that is Excluded among them. Rows are counted from the first of `rows`, which
+    may be a part of a source: a list or anything that is sliced like a datasets.Dataset. `rows` has at least one row; `name` is what errors call them. Raises DataError if no format, or
     more than one, fits the columns, or the tokenizer lacks what the format needs.
     """
     columns = getattr(rows, "column_names", None) or list(rows[0])
@@ -76,6 +80,7 @@ def encode_rows(
         tokenizer,
         to_conversation=_TO_CONVERSATION[chosen],
         train_on=config.train_on,
+        expand_turns=config.expand_turns,
         control_tokens=config.control_tokens,
     )
 
@@ -121,8 +126,35 @@ def from_sharegpt(row: Row) -> Row:
     for turn in list_of_objects(row.get("conversations"), "conversations"):
         sender = turn.get("from")
         role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
-        messages.append({"role": role, "content": turn.get("value"), "train": turn.get("train")})
+        message = {"role": role, "content": turn.get("value"), "train": turn.get("train")}
+        if sender == "function_call":
+            message |= {"role": "assistant", "content": "", "tool_calls": _tool_calls(turn)}
+        messages.append(message)
     return {"messages": [*_system_message(row), *messages], "tools": row.get("tools")}
+
+
+def _tool_calls(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls of a function_call turn, whose value is one as JSON text, or a list of them."""
+    try:
+        value = json.loads(turn.get("value") or "")
+    except (TypeError, json.JSONDecodeError) as error:
+        raise Unusable("the value of a function_call is not JSON") from error
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise Unusable("the value of a function_call is not an object with name and arguments")
+    # Arguments as text: a null in them is meant, and not one of those Arrow adds.
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": call.get("name"),
+                "arguments": arguments
+                if isinstance(arguments := call.get("arguments") or {}, str)
+                else json.dumps(arguments, ensure_ascii=False),
+            },
+        }
+        for call in calls
+    ]
 
 
 def from_alpaca(row: Row) -> Row:
@@ -194,10 +226,10 @@ def _encode_texts(
     """
     if end_id is None:
         raise DataError("the tokenizer has no eos_token, which must end every text; set one")
-    core, end = TextTokenizer(tokenizer), [end_id]
+    core, end = text_tokenizer(tokenizer), [end_id]
     plain = control_tokens == "plain"
     encoder = core.as_text if plain else core.backend
-    for first, batch in row_batches(rows):
+    for first, batch in row_batches(rows, BATCH_ROWS):
         read = [
             _read_parts(index, row, to_parts, None if plain else core.control)
             for index, row in enumerate(batch, first)
@@ -218,7 +250,7 @@ def _encode_texts(
                 proven = proven and core.control_ids.isdisjoint(part) and core.same(back, text)
             if proven:
                 marks = np.array([*supervised, True], dtype=bool)
-                yield Encoded(index, np.array(ids + end, dtype=np.int32), marks, 0)
+                yield Encoded(index, np.array(ids + end, dtype=np.int32), marks, 0, 0)
             else:
                 yield Excluded(index, "the tokens do not decode to the text")
 
@@ -245,11 +277,11 @@ def _read_parts(
 
 
 def _encode_tokenised(rows: Sequence[Row], vocabulary_size: int) -> Iterator[Encoded | Excluded]:
-    for first, batch in row_batches(rows):
+    for first, batch in row_batches(rows, BATCH_ROWS):
         for index, row in enumerate(batch, first):
             try:
                 ids, supervised = from_tokenised(row, vocabulary_size)
-                yield Encoded(index, ids, supervised, 0)
+                yield Encoded(index, ids, supervised, 0, 0)
             except Unusable as reason:
                 yield Excluded(index, str(reason))
 
