@@ -112,6 +112,9 @@ class StreamedBatches:
             num_workers=self._workers,
             # Not forked: tokenizers and network clients have threads.
             multiprocessing_context="spawn" if self._workers else None,
+            # Micro-batches in reserve: the worker pauses at the beginning of a block, when the
+            # tokenizer is serialised under the interpreter lock.
+            prefetch_factor=8 if self._workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its draw must not move the global random state
         )
