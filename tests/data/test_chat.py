@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
@@ -39,33 +40,42 @@ def qwen3(qwen3_tokenizer_dir: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(qwen3_tokenizer_dir)
 
 
-def encode(
-    tokenizer: Any, messages: Any, train_on: Literal["all", "last"] = "all", **row: Any
-) -> Encoded | Excluded:
-    rows = [{"messages": messages, **row}]
-    (result,) = encode_conversations(rows, tokenizer, train_on=train_on)
+def encode(tokenizer: Any, messages: Any, **row: Any) -> Encoded | Excluded:
+    (result,) = encode_conversations([{"messages": messages, **row}], tokenizer)
     return result
 
 
-def spans(
-    tokenizer: Any,
-    messages: list[dict[str, Any]],
-    train_on: Literal["all", "last"] = "all",
-    **row: Any,
-) -> list[str]:
+def spans(tokenizer: Any, messages: list[dict[str, Any]], **row: Any) -> list[str]:
     """The supervised stretches as text; the ids are held against apply_chat_template."""
-    result = encode(tokenizer, messages, train_on, **row)
+    result = encode(tokenizer, messages, **row)
     assert isinstance(result, Encoded), result
+    assert result.input_ids.tolist() == ids_of_template(tokenizer, messages, **row)
+    return stretches(tokenizer, result)
+
+
+def all_spans(
+    tokenizer: Any, conversations: list[list[dict[str, Any]]], **options: Any
+) -> list[list[str]]:
+    """The same for many, which is quicker than one by one."""
+    rows = [{"messages": messages} for messages in conversations]
+    found = []
+    results = encode_conversations(rows, tokenizer, **options)
+    for messages, result in zip(conversations, results, strict=True):
+        assert isinstance(result, Encoded), result
+        assert result.input_ids.tolist() == ids_of_template(tokenizer, messages)
+        found.append(stretches(tokenizer, result))
+    return found
+
+
+def ids_of_template(tokenizer: Any, messages: list[dict[str, Any]], **row: Any) -> list[int]:
+    """The ids where no text spells a control token."""
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **row)
+
+
+def stretches(tokenizer: Any, result: Encoded) -> list[str]:
+    borders = np.flatnonzero(np.diff(result.supervised, prepend=False, append=False))
     ids = result.input_ids.tolist()
-    expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **row)
-    assert ids == expected
-    found: list[list[int]] = []
-    for index, marked in enumerate(result.supervised.tolist()):
-        if marked and (index == 0 or not result.supervised[index - 1]):
-            found.append([])
-        if marked:
-            found[-1].append(ids[index])
-    return [tokenizer.decode(part) for part in found]
+    return [tokenizer.decode(ids[a:b]) for a, b in zip(borders[::2], borders[1::2], strict=True)]
 
 
 def reason(tokenizer: Any, messages: Any, **row: Any) -> str:
@@ -105,6 +115,25 @@ def test_qwen3_thinking_is_kept_in_the_last_turn_and_stripped_before(qwen3, as_f
     ]
     result = encode(qwen3, messages)
     assert isinstance(result, Encoded) and result.stripped_reasoning_turns == 1
+    assert result.stripped_reasoning_tokens == 1
+
+
+def test_qwen3_stripped_reasoning_is_counted_of_the_turns_that_are_trained_on(qwen3) -> None:
+    def conversation(**first: Any) -> list[dict[str, Any]]:
+        first_answer = assistant("4", reasoning_content="\n4, as two and two\n", **first)
+        return [user("a"), first_answer, user("b"), assistant("c", reasoning_content="hm")]
+
+    short = [user("a"), assistant("It is 4", reasoning_content="4"), user("b"), assistant("c")]
+    shown = [user("a"), assistant("4", reasoning_content="4 is 4")]
+    conversations = [conversation(), conversation(train=False), short, shown]
+    rows = [{"messages": messages} for messages in conversations]
+    counts = [
+        (result.stripped_reasoning_turns, result.stripped_reasoning_tokens)
+        for result in encode_conversations(rows, qwen3)
+        if isinstance(result, Encoded)
+    ]
+    tokens = len(qwen3.encode("4, as two and two"))
+    assert tokens == 6 and counts == [(1, tokens), (0, 0), (1, 1), (0, 0)]
 
 
 def test_qwen3_tools(qwen3) -> None:
@@ -132,6 +161,109 @@ def test_qwen3_tools(qwen3) -> None:
     assert with_null.input_ids.tolist() == as_text.input_ids.tolist()
 
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+AGENT = [
+    system("Use tools."),
+    user("Rain in Zürich? 🌧️"),
+    assistant(
+        "Let me look.",
+        reasoning_content="They ask\nfor 天気.",
+        tool_calls=[
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}},
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "東京"}}},
+        ],
+    ),
+    {"role": "tool", "content": '{"rain": false}'},
+    {"role": "tool", "content": "雨"},
+    assistant("Not in Zürich, but in 東京.", reasoning_content="Dry and wet."),
+    user("Thanks e\u0301"),
+    assistant("👩‍👩‍👧 نعم"),
+]
+CALLS = (
+    'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "東京"}}\n</tool_call><|im_end|>'
+)
+
+
+def test_qwen3_agent_with_everything(qwen3) -> None:
+    """Reasoning between tool calls is shown until the user speaks again, then none is."""
+    assert spans(qwen3, AGENT[:-2], tools=TOOLS) == [
+        f"<think>\nThey ask\nfor 天気.\n</think>\n\n{CALLS}",
+        "<think>\nDry and wet.\n</think>\n\nNot in Zürich, but in 東京.<|im_end|>",
+    ]
+    assert spans(qwen3, AGENT, tools=TOOLS) == [
+        CALLS,
+        "Not in Zürich, but in 東京.<|im_end|>",
+        "<think>\n\n</think>\n\n👩‍👩‍👧 نعم<|im_end|>",
+    ]
+    result = encode(qwen3, AGENT, tools=TOOLS)
+    assert isinstance(result, Encoded) and result.stripped_reasoning_turns == 2
+
+
+def test_qwen3_expanded_turns_keep_their_reasoning(qwen3) -> None:
+    row = {"messages": AGENT, "tools": TOOLS}
+    results = list(encode_conversations([row], qwen3, expand_turns=True))
+    supervised = []
+    for turn, result in zip((2, 5, 7), results, strict=True):
+        assert isinstance(result, Encoded) and result.row == 0
+        expected = ids_of_template(qwen3, AGENT[: turn + 1], tools=TOOLS)
+        assert result.input_ids.tolist() == expected
+        assert (result.stripped_reasoning_turns, result.stripped_reasoning_tokens) == (0, 0)
+        supervised += stretches(qwen3, result)
+    assert supervised == [
+        f"<think>\nThey ask\nfor 天気.\n</think>\n\n{CALLS}",
+        "<think>\nDry and wet.\n</think>\n\nNot in Zürich, but in 東京.<|im_end|>",
+        "<think>\n\n</think>\n\n👩‍👩‍👧 نعم<|im_end|>",
+    ]
+
+
+def test_qwen3_empty_answers_are_no_answers(qwen3) -> None:
+    """To train on one would teach the model to say nothing; calls are something."""
+    empty = [user("a"), assistant(""), user("b"), assistant("c")]
+    none = [user("a"), assistant(None), user("b"), assistant("c")]
+    only_thought = [user("a"), assistant("", reasoning_content="hm")]
+    rows = [{"messages": messages} for messages in (empty, none, only_thought)]
+    assert list(encode_conversations(rows, qwen3)) == [
+        Excluded(0, "content is empty"),
+        Excluded(1, "content is missing"),
+        Excluded(2, "content is empty"),
+    ]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    assert spans(qwen3, [user("a"), assistant("", tool_calls=[call])]) == [
+        '<think>\n\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'
+    ]
+
+
+def test_qwen3_messages_as_the_openai_api_has_them(qwen3) -> None:
+    """Parts of text, developers, and function calls as they were written before tool calls."""
+
+    def parts(*texts: str) -> list[dict[str, Any]]:
+        return [{"type": "text", "text": text, "image_url": None} for text in texts]
+
+    function = {"name": "f", "arguments": '{"x":1}'}
+    theirs = [
+        {"role": "developer", "content": parts("Be brief.")},
+        user(parts("a", " b")),
+        assistant(None, function_call=function),
+        {"role": "function", "name": "f", "content": "2"},
+        assistant(parts("It is 2.")),
+    ]
+    ours = [
+        system("Be brief."),
+        user("a b"),
+        assistant("", tool_calls=[{"type": "function", "function": function}]),
+        {"role": "tool", "content": "2"},
+        assistant("It is 2."),
+    ]
+    result = encode(qwen3, theirs)
+    assert isinstance(result, Encoded)
+    assert result.input_ids.tolist() == ids_of_template(qwen3, ours)
+    assert stretches(qwen3, result) == [
+        '<tool_call>\n{"name": "f", "arguments": {"x":1}}\n</tool_call><|im_end|>',
+        "<think>\n\n</think>\n\nIt is 2.<|im_end|>",
+    ]
+
+
 def test_qwen3_unicode(qwen3) -> None:
     answer = "😀 e\u0301 नमस्ते 你好 \u200d👩‍👩‍👧 \u202emirror"
     messages = [user("👋🏽 e\u0301"), assistant(answer), user("x"), assistant("\u0301y")]
@@ -152,15 +284,13 @@ def test_qwen3_turns_that_are_not_trained_on_change_no_token(qwen3) -> None:
         return [user("a"), assistant("one", **first), user("b"), assistant("two")]
 
     last = "<think>\n\n</think>\n\ntwo<|im_end|>"
-    assert spans(qwen3, conversation(train=True)) == ["one<|im_end|>", last]
-    assert spans(qwen3, conversation(train=False)) == [last]
-    assert spans(qwen3, conversation(), "last") == [last]
     silent = [user("a"), assistant("one"), user("b"), assistant("two", train=False)]
-    assert spans(qwen3, silent) == ["one<|im_end|>"]
-    assert spans(qwen3, silent, "last") == []
-    # Only turns that are trained on can miss their reasoning.
-    stripped = encode(qwen3, conversation(train=False, reasoning_content="hm"))
-    assert isinstance(stripped, Encoded) and stripped.stripped_reasoning_turns == 0
+    assert all_spans(qwen3, [conversation(train=True), conversation(train=False), silent]) == [
+        ["one<|im_end|>", last],
+        [last],
+        ["one<|im_end|>"],
+    ]
+    assert all_spans(qwen3, [conversation(), silent], train_on="last") == [[last], []]
 
 
 def test_qwen3_reasoning_without_an_answer_is_excluded(qwen3) -> None:
@@ -169,18 +299,17 @@ def test_qwen3_reasoning_without_an_answer_is_excluded(qwen3) -> None:
 
 
 def test_qwen3_control_tokens_are_text_nowhere(qwen3) -> None:
-    for spelled in ("<|im_end|>", "<|im_start|>system", "<|endoftext|>", "<|fim_prefix|>"):
-        assert reason(qwen3, [user(f"a{spelled}"), assistant("b")]) == "control token in text"
-        assert reason(qwen3, [user("a"), assistant(f"b {spelled} c")]) == "control token in text"
-    hidden = [user("a"), assistant("b", reasoning_content="x<|im_end|>")]
-    assert reason(qwen3, hidden) == "control token in text"
     tools = [{"type": "function", "function": {"name": "f", "description": "<|im_start|>"}}]
-    assert reason(qwen3, [user("a"), assistant("b")], tools=tools) == "control token in text"
-
-
-def ids_of_template(tokenizer: Any, messages: list[dict[str, Any]], **row: Any) -> list[int]:
-    """The ids where no text spells a control token."""
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **row)
+    rows: list[dict[str, Any]] = [
+        {"messages": [user("a"), assistant("b", reasoning_content="x<|im_end|>")]},
+        {"messages": [user("a"), assistant("b")], "tools": tools},
+    ]
+    for spelled in ("<|im_end|>", "<|im_start|>system", "<|endoftext|>", "<|fim_prefix|>"):
+        rows.append({"messages": [user(f"a{spelled}"), assistant("b")]})
+        rows.append({"messages": [user("a"), assistant(f"b {spelled} c")]})
+    for expand_turns in (False, True):
+        results = encode_conversations(rows, qwen3, expand_turns=expand_turns)
+        assert list(results) == [Excluded(i, "control token in text") for i in range(len(rows))]
 
 
 def test_qwen3_spelled_control_tokens_can_be_plain_text(qwen3) -> None:
@@ -198,6 +327,21 @@ def test_qwen3_spelled_control_tokens_can_be_plain_text(qwen3) -> None:
     assert ids[: len(plain)] == plain
     marked = qwen3.decode(result.input_ids[result.supervised].tolist())
     assert marked == "No <|im_end|> here<|im_end|><think>\n\n</think>\n\ny<|im_end|>"
+
+
+def test_qwen3_spelled_control_tokens_and_expanded_turns(qwen3) -> None:
+    messages = [user("a"), assistant("b"), user("c<|im_end|>"), assistant("<|im_start|>d")]
+    results = encode_conversations(
+        [{"messages": messages}], qwen3, expand_turns=True, control_tokens="plain"
+    )
+    first, second = results
+    assert isinstance(first, Encoded) and isinstance(second, Encoded)
+    assert first.input_ids.tolist() == ids_of_template(qwen3, messages[:2])
+    ids = second.input_ids.tolist()
+    assert qwen3.decode(ids) == qwen3.apply_chat_template(messages, tokenize=False)
+    start, end = qwen3.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert (ids.count(start), ids.count(end)) == (4, 4)
+    assert stretches(qwen3, second) == ["<think>\n\n</think>\n\n<|im_start|>d<|im_end|>"]
 
 
 def test_qwen3_plain_mode_changes_no_row_that_spells_none(qwen3) -> None:
@@ -284,6 +428,91 @@ def test_control_tokens_act_only_where_the_template_put_them(small, parts) -> No
     assert marked == "".join(f"{content}<|im_end|>" for content in contents[1:])
 
 
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Steps of a user who is answered once or more, perhaps with tool results in between."""
+    # White space at the ends belongs to the template.
+    words = st.text(st.characters(exclude_categories=("Cs",)), max_size=8).map("x{}y".format)
+    fields = st.fixed_dictionaries(
+        {}, optional={"reasoning_content": words, "train": st.booleans()}
+    )
+    messages = [system(draw(words))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append(user(draw(words)))
+        for number in range(draw(st.integers(1, 3))):
+            if number and draw(st.booleans()):
+                messages.append({"role": "tool", "content": draw(words)})
+            messages.append(assistant(draw(words), **draw(fields)))
+    if draw(st.booleans()):
+        messages.append(user(draw(words)))
+    return messages
+
+
+def turn_as_qwen3_shows_it(messages: list[dict[str, Any]], place: int) -> str:
+    reasoning = messages[place].get("reasoning_content", "")
+    answered = any(message["role"] == "user" for message in messages[place:])
+    shown = not answered and (reasoning or place == len(messages) - 1)
+    thought = f"<think>\n{reasoning}\n</think>\n\n" if shown else ""
+    return f"{thought}{messages[place]['content']}<|im_end|>"
+
+
+def check_masks(tokenizer: Any, drawn: list[list[dict[str, Any]]], train_on: Any) -> None:
+    """Every token once and in its place, and supervised are the turns to train on and no others."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    normalise = normalizer.normalize_str if normalizer else str
+    rows = [{"messages": messages} for messages in drawn]
+    whole = list(encode_conversations(rows, tokenizer, train_on=train_on))
+    expanded = iter(
+        list(encode_conversations(rows, tokenizer, train_on=train_on, expand_turns=True))
+    )
+    assert len(whole) == len(rows)
+    for index, (messages, result) in enumerate(zip(drawn, whole, strict=True)):
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [
+            i
+            for i in answers
+            if messages[i].get("train", True) and (train_on == "all" or i == answers[-1])
+        ]
+        assert isinstance(result, Encoded) and result.row == index
+        assert result.input_ids.tolist() == ids_of_template(tokenizer, messages)
+        turns = [turn_as_qwen3_shows_it(messages, i) for i in trained]
+        assert stretches(tokenizer, result) == [normalise(turn) for turn in turns]
+        stripped = [
+            reasoning
+            for i, turn in zip(trained, turns, strict=True)
+            if (reasoning := messages[i].get("reasoning_content")) and "<think>" not in turn
+        ]
+        assert result.stripped_reasoning_turns == len(stripped)
+        tokens = sum(len(tokenizer.encode(reasoning)) for reasoning in stripped)
+        assert result.stripped_reasoning_tokens == tokens
+        # Each in an example of its own; of a row that trains on nothing there is the whole.
+        for last in trained or [len(messages) - 1]:
+            example = next(expanded)
+            assert isinstance(example, Encoded) and example.row == index
+            shown = messages[: last + 1]
+            assert example.input_ids.tolist() == ids_of_template(tokenizer, shown)
+            turns = [turn_as_qwen3_shows_it(shown, last)] if trained else []
+            assert stretches(tokenizer, example) == [normalise(turn) for turn in turns]
+            assert example.stripped_reasoning_turns == example.stripped_reasoning_tokens == 0
+    assert next(expanded, None) is None
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(conversations(), min_size=1, max_size=3), st.sampled_from(["all", "last"]))
+def test_masks_of_any_conversation(thinking, drawn, train_on) -> None:
+    check_masks(thinking, drawn, train_on)
+
+
+@settings(
+    deadline=None,
+    max_examples=4,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.lists(conversations(), min_size=5, max_size=20), st.sampled_from(["all", "last"]))
+def test_qwen3_masks_of_any_conversation(qwen3, drawn, train_on) -> None:
+    check_masks(qwen3, drawn, train_on)
+
+
 # ------------------------------------------------------------------------------- other templates
 
 _WORDS = "{{ '### ' ~ message.role ~ ':\n' ~ message.content ~ eos_token ~ '\n' }}"
@@ -305,6 +534,20 @@ def _with_template(body: str, prompt: str = "") -> PreTrainedTokenizerFast:
         f"{{% if add_generation_prompt %}}{{{{ {prompt!r} }}}}{{% endif %}}"
     )
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def thinking() -> PreTrainedTokenizerFast:
+    """A small tokenizer with a template that shows reasoning where Qwen3's does."""
+    return _with_template(
+        "{{ '<|im_start|>' ~ message.role ~ '\n' }}"
+        "{% set answered = messages[loop.index0:] | selectattr('role', 'equalto', 'user') | list %}"
+        "{% if message.role == 'assistant' and not answered "
+        "and (loop.last or message.reasoning_content) %}"
+        "{{ '<think>\n' ~ message.reasoning_content | default('') ~ '\n</think>\n\n' }}{% endif %}"
+        "{{ message.content ~ '<|im_end|>\n' }}",
+        "<|im_start|>assistant\n",
+    )
 
 
 CONVERSATION = [user("q1"), assistant("a1"), user("q2"), assistant("a2")]
@@ -333,6 +576,39 @@ def test_a_prompt_that_opens_the_reasoning() -> None:
         "a1<|im_end|>",
         "ok\n</think>\n\na2<|im_end|>",
     ]
+
+
+def test_arguments_are_objects_for_a_template_that_would_quote_text() -> None:
+    tokenizer = _with_template(
+        "{{ '<|im_start|>' ~ message.role ~ '\n' ~ message.content }}"
+        "{% for call in message.tool_calls or () %}{{ call.function | tojson }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}",
+        "<|im_start|>assistant\n",
+    )
+
+    def turn(arguments: Any) -> list[dict[str, Any]]:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return [user("a"), assistant("", tool_calls=[call])]
+
+    expected = ['{"name": "f", "arguments": {"city": "Zürich", "day": null}}<|im_end|>']
+    result = encode(tokenizer, turn('{"city":"Zürich","day":null}'))
+    assert isinstance(result, Encoded) and stretches(tokenizer, result) == expected
+    assert reason(tokenizer, turn("city=Bern")) == "the arguments of a tool call are not JSON"
+
+
+def test_an_example_that_cannot_be_proven_excludes_the_row() -> None:
+    """This template changes the text of all turns but the last of a conversation."""
+    tokenizer = _with_template(
+        "{{ '<|im_start|>' ~ message.role ~ '\n' ~ (message.content if loop.last "
+        "else message.content | replace('bad', 'good')) ~ '<|im_end|>\n' }}",
+        "<|im_start|>assistant\n",
+    )
+    bad = [user("q"), assistant("bad"), user("q"), assistant("b"), user("q"), assistant("c")]
+    rows = [{"messages": messages} for messages in (CONVERSATION, bad, bad[:2], CONVERSATION)]
+    results = list(encode_conversations(rows, tokenizer, expand_turns=True))
+    assert [result.row for result in results] == [0, 0, 1, 2, 3, 3]
+    excluded = [result for result in results if isinstance(result, Excluded)]
+    assert excluded == [Excluded(1, "the chat template changes the text of an assistant turn")]
 
 
 def test_text_behind_the_conversation() -> None:
@@ -383,6 +659,8 @@ def test_padding_and_truncation_a_caller_has_set_do_not_reach_the_ids(small) -> 
 
 # -------------------------------------------------------------------------------------- bad rows
 
+CALLS_WITHOUT_NAME = "tool_calls is not a list of functions with a name"
+
 
 @pytest.mark.parametrize(
     ("messages", "expected"),
@@ -396,6 +674,20 @@ def test_padding_and_truncation_a_caller_has_set_do_not_reach_the_ids(small) -> 
         ([user("a"), assistant("")], "content is empty"),
         ([user(" \n"), assistant("b")], "content is empty"),
         ([user("a"), assistant(7)], "content is not a string"),
+        ([user("a"), assistant([])], "content is empty"),
+        ([user([{"type": "image_url"}]), assistant("b")], "content has a part that is not text"),
+        ([user("a"), assistant([{"type": "text"}])], "content has a part that is not text"),
+        ([user("a"), assistant(["b"])], "content has a part that is not text"),
+        ([user("a"), assistant("", tool_calls="f()")], CALLS_WITHOUT_NAME),
+        (
+            [user("a"), assistant("", tool_calls=[{"function": {"arguments": "{}"}}])],
+            CALLS_WITHOUT_NAME,
+        ),
+        ([user("a"), assistant("", function_call={"arguments": "{}"})], CALLS_WITHOUT_NAME),
+        (
+            [user("a"), assistant("", function_call={"name": "f"}, tool_calls=[{"name": "f"}])],
+            "a message has both tool_calls and function_call",
+        ),
         ([user("a"), {"role": "robot", "content": "b"}], "unknown role"),
         ([user("a"), {"role": ["x"], "content": "b"}], "unknown role"),
         ([user("a"), {"content": "b"}], "unknown role"),

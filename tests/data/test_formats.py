@@ -170,6 +170,58 @@ def test_sharegpt_system_tool_and_silent_turns(small) -> None:
     assert whole_and_supervised(small, column) == (whole, supervised)
 
 
+def test_qwen3_sharegpt_function_calls(qwen3) -> None:
+    call = {"name": "weather", "arguments": {"city": "Zürich", "day": None}}
+    turns = [
+        {"from": "human", "value": "Rain?"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "dry"},
+        {"from": "function_call", "value": json.dumps([call, {"name": "f", "arguments": "{}"}])},
+        {"from": "observation", "value": "dry"},
+        {"from": "gpt", "value": "No rain."},
+    ]
+    whole, supervised = whole_and_supervised(qwen3, {"conversations": turns, "tools": "[]"})
+    assert whole.count("<|im_start|>user\n<tool_response>\ndry\n</tool_response><|im_end|>") == 2
+    shown = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich", "day": null}}\n</tool_call>'
+    other = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    assert supervised == (
+        f"{shown}<|im_end|>{shown}\n{other}<|im_end|><think>\n\n</think>\n\nNo rain.<|im_end|>"
+    )
+
+
+def test_expanded_turns_of_rows_in_parts(small) -> None:
+    """A list or a slice of a set counts its rows from 0; every format of conversations expands."""
+
+    def turns(result: Encoded | Excluded) -> tuple[int, str]:
+        assert isinstance(result, Encoded)
+        return result.row, small.decode(result.input_ids[result.supervised].tolist())
+
+    silent = {**SHAREGPT["conversations"][1], "train": False}
+    rows = [
+        {"conversations": [{**turn, "train": None} for turn in SHAREGPT["conversations"]]},
+        {"conversations": [{"from": "gpt", "value": "", "train": None}]},
+        {"conversations": [*SHAREGPT["conversations"][:1], silent]},
+    ] * 40
+    parts = [Dataset.from_list(rows), rows, rows[3:], Dataset.from_list(rows).select(range(3, 120))]
+    for part in parts:
+        found = results(small, part, expand_turns=True)
+        assert [result.row for result in found] == [
+            3 * group + row for group in range(len(part) // 3) for row in (0, 0, 1, 2)
+        ]
+        for group in range(len(part) // 3):
+            first, second, third, fourth = found[4 * group : 4 * group + 4]
+            assert turns(first) == (3 * group, "Hello.<|im_end|>")
+            assert turns(second) == (3 * group, "Ciao 😀<|im_end|>")
+            assert third == Excluded(3 * group + 1, "content is empty")
+            assert turns(fourth) == (3 * group + 2, "")
+    completion = [{"role": "assistant", "content": text} for text in ("two", "three")]
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}]
+    found = results(small, [{"prompt": prompt, "completion": completion}], expand_turns=True)
+    assert list(map(turns, found)) == [(0, "two<|im_end|>"), (0, "three<|im_end|>")]
+    (only,) = results(small, [{"text": "a"}], expand_turns=True)
+    assert turns(only) == (0, "a<|endoftext|>")
+
+
 def test_alpaca(small) -> None:
     row = {"instruction": "Sort.", "input": "3 1", "output": "1 3"}
     whole, supervised = whole_and_supervised(small, row)
@@ -221,15 +273,19 @@ def test_qwen3_prompt_and_completion_are_tokenised_as_generation_sees_them(qwen3
         assert result.supervised.tolist() == [False] * len(before) + [True] * len(after)
 
 
-@pytest.mark.parametrize("spelled", ["<|im_end|>", "<|endoftext|>", "<|fim_prefix|>"])
-def test_qwen3_control_tokens_in_texts_can_be_plain(qwen3, spelled: str) -> None:
-    for row in ({"text": f"a{spelled}b"}, {"prompt": f"a{spelled}", "completion": f"{spelled}b"}):
-        assert reason(qwen3, row) == "control token in text"
-        whole, _ = whole_and_supervised(qwen3, row, control_tokens="plain")
-        assert whole == "".join(row.values()) + ("<|endoftext|>" if "text" in row else "<|im_end|>")
-        (result,) = results(qwen3, [row], control_tokens="plain")
-        assert isinstance(result, Encoded)
-        assert qwen3.convert_tokens_to_ids(spelled) not in result.input_ids[:-1].tolist()
+def test_qwen3_control_tokens_in_texts_can_be_plain(qwen3) -> None:
+    spelled = ["<|im_end|>", "<|endoftext|>", "<|fim_prefix|>"]
+    texts = [{"text": f"a{token}b"} for token in spelled]
+    pairs = [{"prompt": f"a{token}", "completion": f"{token}b"} for token in spelled]
+    for rows, end in ((texts, "<|endoftext|>"), (pairs, "<|im_end|>")):
+        excluded = [Excluded(i, "control token in text") for i in range(len(rows))]
+        assert results(qwen3, rows) == excluded
+        plain = results(qwen3, Dataset.from_list(rows), control_tokens="plain")
+        for row, token, result in zip(rows, spelled, plain, strict=True):
+            assert isinstance(result, Encoded)
+            ids = result.input_ids.tolist()
+            assert qwen3.decode(ids) == "".join(row.values()) + end
+            assert qwen3.convert_tokens_to_ids(token) not in ids[:-1]
     (result,) = results(qwen3, [{"text": "a<|im_end|><think>"}], control_tokens="plain")
     assert isinstance(result, Encoded)
     tokens = qwen3.convert_ids_to_tokens(result.input_ids[:-1].tolist())
@@ -262,6 +318,7 @@ def test_token_ids_and_labels_are_used_as_they_are(small) -> None:
 
 # --------------------------------------------------------------------------------------- bad rows
 
+NOT_A_CALL = "the value of a function_call is not an object with name and arguments"
 SHIFTED = "labels differ from input_ids: they must be -100 or the same, unshifted"
 
 
@@ -274,6 +331,20 @@ SHIFTED = "labels differ from input_ids: they must be -100 or the same, unshifte
         ({"conversations": [{"from": "robot", "value": "a"}]}, "unknown role"),
         ({"conversations": [{"from": ["human"], "value": "a"}]}, "unknown role"),
         ({"conversations": [{"from": "gpt"}]}, "content is missing"),
+        (
+            {"conversations": [{"from": "function_call"}]},
+            "the value of a function_call is not JSON",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": "f()"}]},
+            "the value of a function_call is not JSON",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "[3]"}]}, NOT_A_CALL),
+        ({"conversations": [{"from": "function_call", "value": "[]"}]}, NOT_A_CALL),
+        (
+            {"conversations": [{"from": "function_call", "value": '{"arguments": {}}'}]},
+            "tool_calls is not a list of functions with a name",
+        ),
         ({"instruction": 3, "output": "a"}, "instruction or input is not a string"),
         ({"instruction": "a", "input": 3, "output": "a"}, "instruction or input is not a string"),
         ({"instruction": "a", "output": None}, "content is missing"),
