@@ -112,9 +112,6 @@ def once(
     return result
 
 
-once_per_node = once
-
-
 def _sees_folder_of_first(ranks: Ranks, key: str, folder: Path) -> bool:
     """Whether this node is not the first and has the first node's `folder` under the same path.
 
