@@ -295,7 +295,7 @@ def _explain(
         )
     if isinstance(error, OSError) and error.errno is not None:
         return f"model {name} cannot be kept in {hub}: {error.strerror}; choose another --cache_dir"
-    return f"model {name}: the download failed ({type(error).__name__}); run again to continue it"
+    return f"model {name}: the download failed ({type(error).__name__}); run again, whole files are kept"
 
 
 def _existing_parent(folder: Path) -> Path:
