@@ -1,42 +1,54 @@
-"""Rows from the hub, from local files, or from the embedded generator."""
+"""Rows from the hub, from files here or in a remote store, or from the embedded generator."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import mmap
+import os
 import re
 import shutil
 import time
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar
 
 from data.config import DataConfig
 from data.errors import DataError
+from data.files import (
+    SUFFIXES,
+    Row,
+    check_file,
+    lazy_rows,
+    local_files,
+    one_line,
+    open_local,
+    read_arrow,
+    read_json,
+    select_files,
+)
 
-Row = dict[str, Any]
+T = TypeVar("T")
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
-_SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_RETRY_DELAYS_SECONDS = (0.5, 1.0, 2.0)
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+RETRY_DELAYS_SECONDS = (0.5, 1.0, 2.0)
+CLOCK_GRANULARITY_SECONDS = 2.0
+"""Two writes this close may leave one modification time, on the coarsest file systems."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a dataset, identified before any row of it is read."""
+    """One split of a dataset, identified before any row of it is read.
+
+    It can be pickled; the copy reads the rows again, from what is on the disk, when it is asked.
+    """
 
     name: str
-    """What a person calls it: org/name, a path, or embedded."""
+    """What a person calls it: org/name, a path or URL, or embedded."""
 
     commit: str | None
     """Commit of the hub repository; None for anything else."""
@@ -55,19 +67,80 @@ class Source:
             raise DataError(f"{self.name}: no rows; give a dataset that has some")
         return rows
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
 
 def load_rows(config: DataConfig, split: str, *, cache_dir: str | Path) -> Source:
     """Resolve where the rows of `split` come from, downloading them into `cache_dir` if need be.
 
     Raises DataError for whatever a user can fix: spelling, access, network, disk, files.
     """
-    if config.name is not None and config.path is not None:
-        raise DataError("data.name and data.path are both given; give the one to be used")
+    _check_one_place(config)
     if config.path is not None:
-        return _local_source(Path(config.path), split, Path(cache_dir))
+        return _file_source(config.path, split, Path(cache_dir))
     if config.name is not None:
         return _hub_source(config, config.name, split, Path(cache_dir))
     return _embedded_source(split)
+
+
+def stream_rows(
+    config: DataConfig,
+    split: str,
+    *,
+    cache_dir: str | Path,
+    skip: int = 0,
+    every: int = 1,
+    offset: int = 0,
+) -> Iterator[Row]:
+    """One pass over a reader's share of the rows, without downloading or indexing them beforehand.
+
+    The share of reader `offset` of `every` readers is the rows number offset, offset + every, ...;
+    the first `skip` rows of the share are passed over, unparsed where the format allows it. Files
+    are read in the order of their names. Raises DataError, while it is iterated: also when a whole
+    pass has no row for this reader.
+    """
+    _check_one_place(config)
+    if config.path is not None:
+        name, rows = config.path, _stream_files(config.path, split, Path(cache_dir))
+    elif config.name is not None:
+        name, rows = config.name, _stream_hub(config, config.name, split, Path(cache_dir))
+    else:
+        source = _embedded_source(split)
+        name, rows = (
+            source.name,
+            (partial(_row_of, source.rows, i) for i in range(len(source.rows))),
+        )
+    wanted, number = offset + skip * every, -1
+    for number, read in enumerate(rows):
+        if number == wanted:
+            wanted += every
+            yield read()
+    if number < offset:
+        raise DataError(
+            f"{shown_url(name)}: {number + 1} rows for {every} readers; use fewer ranks or more rows"
+        )
+
+
+def _check_one_place(config: DataConfig) -> None:
+    if config.name is not None and config.path is not None:
+        raise DataError("data.name and data.path are both given; give the one to be used")
+
+
+def _row_of(rows: Sequence[Row], index: int) -> Row:
+    return rows[index]
+
+
+def shown_url(url: str) -> str:
+    """A path or URL as it may be printed: without user, password and signature."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    host, slash, path = rest.split("?")[0].partition("/")
+    # abfs://container@account names a place before the @, no person.
+    if "@" in host and (":" in host or scheme.startswith("http")):
+        host = host.rpartition("@")[2]
+    return f"{scheme}://{host}{slash}{path}"
 
 
 # ---------------------------------------------------------------------------------------- embedded
@@ -86,8 +159,128 @@ def _embedded_source(split: str) -> Source:
         name="embedded",
         commit=None,
         fingerprint=f"embedded/{split}/{code}",
-        load=lambda: embedded.generate_conversations(split),
+        load=partial(embedded.generate_conversations, split),
     )
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def _file_source(path: str, split: str, cache_dir: Path) -> Source:
+    """Rows of local files, or of the local copy of remote ones."""
+    digests: Mapping[str, str] = {}
+    folder = Path(path)
+    if "://" in path:
+        from data.remote import fetch  # and with it fsspec, which few runs need
+
+        copy = fetch(path, cache_dir)
+        folder, digests = copy.path, copy.sha256
+    files = local_files(folder)
+    names = select_files(files, split)
+    root = folder.parent if files.single else folder
+    paths = [root / name for name in names]
+    # A copy was hashed when it was made.
+    hashed = [digests[name] for name in names] if digests else file_digests(paths, cache_dir)
+    digest = hashlib.sha256()
+    for file, content in zip(paths, hashed, strict=True):
+        digest.update(f"{file.name} {content}\n".encode())
+    fingerprint = f"files/{digest.hexdigest()}"
+    return Source(
+        shown_url(path), None, fingerprint, partial(_load_files, paths, cache_dir, fingerprint)
+    )
+
+
+def _load_files(paths: list[Path], cache_dir: Path, fingerprint: str) -> Sequence[Row]:
+    suffix = paths[0].suffix
+    if suffix == ".arrow":
+        return read_arrow(paths)
+    if suffix != ".parquet":
+        return read_json(paths)
+    for file in paths:
+        check_file(file, footer_only=True)
+    return _load_with_datasets(
+        str(paths[0].parent if len(paths) > 1 else paths[0]),
+        cache_dir,
+        fingerprint,
+        paths,
+        "parquet",
+        data_files={"train": [str(file) for file in paths]},
+        split="train",
+    )
+
+
+def _stream_files(path: str, split: str, cache_dir: Path) -> Iterator[Callable[[], Row]]:
+    if "://" in path:
+        from data.remote import remote_files
+
+        files = remote_files(path, cache_dir)
+    else:
+        files = local_files(Path(path))
+    for name in select_files(files, split):
+        place = files.place(name)
+        with _reading(place), files.open(name) as stream:
+            yield from lazy_rows(stream, Path(name).suffix, place)
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Errors of a store in the middle of a file as one line that names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{place}: cannot be read: {one_line(error)}") from error
+
+
+def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
+    """SHA-256 of each file; of files hashed before and untouched since, from a record in the cache.
+
+    Untouched means the same size, inode, and times of modification and change, none of them so close
+    to the time of hashing that a later write could have left them as they are. Raises DataError.
+    """
+    files = [file.absolute() for file in files]
+    name = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()[:32]
+    record = cache_dir / "fingerprints" / f"{name}.json"
+    known: dict[str, list[Any]] = {}
+    with suppress(OSError, ValueError):
+        known = dict(json.loads(record.read_bytes()))
+
+    def digest(file: Path) -> list[Any]:
+        with open_local(file) as stream:
+            before = _identity(stream.fileno())
+            if known.get(str(file), [])[1:] == before:
+                return known[str(file)]
+            start = time.time()
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+            touched = max(before[1:3]) / 1e9
+            settled = touched < start - CLOCK_GRANULARITY_SECONDS
+            return [content, *(before if settled and before == _identity(stream.fileno()) else [])]
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the lock
+        found = dict(zip(map(str, files), pool.map(digest, files), strict=True))
+    if found != known:
+        # A cache that cannot be written only costs hashing again.
+        with suppress(OSError):
+            write_json(record, found)
+    return [entry[0] for entry in found.values()]
+
+
+def _identity(descriptor: int) -> list[int]:
+    status = os.fstat(descriptor)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a small file that is whole whenever it exists; raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_name(f".{file.name}-{os.uname().nodename}-{os.getpid()}")
+    try:
+        staging.write_text(json.dumps(value))
+        staging.replace(file)
+    except OSError:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 # --------------------------------------------------------------------------------------------- hub
@@ -95,18 +288,58 @@ def _embedded_source(split: str) -> Source:
 
 def _hub_source(config: DataConfig, name: str, split: str, cache_dir: Path) -> Source:
     snapshot = download_dataset(name, revision=config.revision, cache_dir=cache_dir)
-    subset = config.subset
+    fingerprint = f"hub/{name}@{snapshot.name}/{config.subset or ''}/{split}"
+    load = partial(_load_hub, name, snapshot, cache_dir, fingerprint, config.subset, split)
+    return Source(name=name, commit=snapshot.name, fingerprint=fingerprint, load=load)
 
-    def load() -> Sequence[Row]:
-        files = sorted(f for f in snapshot.rglob("*") if f.suffix in _SUFFIXES)
-        return _load_with_datasets(name, cache_dir, files, str(snapshot), name=subset, split=split)
 
-    return Source(
-        name=name,
-        commit=snapshot.name,
-        fingerprint=f"hub/{name}@{snapshot.name}/{subset or ''}/{split}",
-        load=load,
+def _load_hub(
+    name: str, snapshot: Path, cache_dir: Path, fingerprint: str, subset: str | None, split: str
+) -> Sequence[Row]:
+    files = sorted(f for f in snapshot.rglob("*") if f.suffix in SUFFIXES)
+    return _load_with_datasets(
+        name, cache_dir, fingerprint, files, str(snapshot), subset, split=split
     )
+
+
+def _stream_hub(
+    config: DataConfig, name: str, split: str, cache_dir: Path
+) -> Iterator[Callable[[], Row]]:
+    """Rows through `datasets` streaming, of one commit; offline of the snapshot in the cache."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        place, revision = (
+            str(download_dataset(name, revision=config.revision, cache_dir=cache_dir)),
+            None,
+        )
+    else:
+        _check_revision(config.revision)
+        ask = partial(HfApi().dataset_info, name, revision=config.revision)
+        place, revision = name, _ask_hub(ask, name, config.revision, cache_dir).sha
+    try:
+        rows = iter(
+            load_dataset(
+                place,
+                config.subset,
+                split=split,
+                revision=revision,
+                streaming=True,
+                cache_dir=str(cache_dir / "datasets"),
+            )
+        )
+    except Exception as error:
+        raise DataError(_explain_load(error, name)) from error
+    # The iterator has done the work already: passing over a row of it saves nothing.
+    for number in count():
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise DataError(f"{name}: row {number} cannot be read: {one_line(error)}") from error
+        if row is None:
+            return
+        yield partial(_row_of, [row], 0)
 
 
 def download_dataset(name: str, *, revision: str | None, cache_dir: Path) -> Path:
@@ -117,14 +350,27 @@ def download_dataset(name: str, *, revision: str | None, cache_dir: Path) -> Pat
     """
     from huggingface_hub import snapshot_download
 
+    _check_revision(revision)
+    fetch = partial(
+        snapshot_download,
+        name,
+        repo_type="dataset",
+        revision=revision,
+        cache_dir=cache_dir / "hub",
+    )
+    return Path(_ask_hub(fetch, name, revision, cache_dir))
+
+
+def _check_revision(revision: str | None) -> None:
     if revision and (".." in revision or not re.fullmatch(r"[\w./+-]+", revision)):
         raise DataError(f"data.revision {revision!r} is not the name of a branch, tag or commit")
-    for delay in (*_RETRY_DELAYS_SECONDS, None):
+
+
+def _ask_hub(call: Callable[[], T], name: str, revision: str | None, cache_dir: Path) -> T:
+    """What `call` returns, tried again while the hub is busy or cut off; raises DataError."""
+    for delay in (*RETRY_DELAYS_SECONDS, None):
         try:
-            snapshot = snapshot_download(
-                name, repo_type="dataset", revision=revision, cache_dir=cache_dir / "hub"
-            )
-            return Path(snapshot)
+            return call()
         except Exception as error:  # the client's errors share no base class
             if delay is not None and _is_transient(error):
                 time.sleep(delay)
@@ -185,7 +431,7 @@ def _explain_hub_error(
     if isinstance(error, IncompleteSnapshotError):
         return (
             f"{what}: only partly downloaded into {cache_dir} and the hub is out of reach; run "
-            f"once with a network ({_one_line(error)})"
+            f"once with a network ({one_line(error)})"
         )
     if isinstance(error, LocalEntryNotFoundError) and _status(error.__cause__) is not None:
         error = (
@@ -195,7 +441,7 @@ def _explain_hub_error(
         reason = (
             "HF_HUB_OFFLINE is set"
             if constants.HF_HUB_OFFLINE
-            else f"the hub did not answer ({_one_line(error.__cause__ or error)})"
+            else f"the hub did not answer ({one_line(error.__cause__ or error)})"
         )
         return f"{what}: not in the cache {cache_dir} and {reason}; run once with a network"
     if isinstance(error, HfHubHTTPError) and not isinstance(error, EntryNotFoundError):
@@ -203,237 +449,96 @@ def _explain_hub_error(
             return f"{what}: the hub refuses access (HTTP {_status(error)}); set HF_TOKEN"
         return f"{what}: the hub answers HTTP {_status(error)}; try again later"
     if isinstance(error, OSError):
-        return explain_os_error(error, cache_dir)
+        needed = None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with suppress(Exception):  # the hub may be gone by now; the line is worth more
+                needed = _bytes_to_fetch(name, revision, cache_dir)
+        return explain_os_error(error, cache_dir, needed)
+    if "Connect" in type(error).__name__:
+        return f"{what}: the hub did not answer ({one_line(error)}); run with a network"
     if type(error).__module__.startswith("httpx"):
-        return f"{what}: the download was cut ({_one_line(error)}); run again, it resumes"
+        return f"{what}: the download was cut ({one_line(error)}); run again, it resumes"
     return None
 
 
-def explain_os_error(error: OSError, folder: Path) -> str | None:
-    """One line for a full disk or a folder that cannot be written; None for any other error."""
+def explain_os_error(error: OSError, folder: Path, needed: int | None = None) -> str | None:
+    """One line for a full disk or a folder that cannot be written; None for any other error.
+
+    `needed` is what was to be written, in bytes, where that is known.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(_existing(folder)).free
-        return f"{folder}: no space left ({free:,} bytes free); free some or move --cache_dir"
+        free = f"{free_bytes(folder):,} bytes free"
+        room = free if needed is None else f"about {needed:,} bytes needed, {free}"
+        return f"{folder}: no space left ({room}); free some or move --cache_dir"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return f"{error.filename or folder}: {error.strerror}; give a --cache_dir you can write to"
     return None
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def free_bytes(folder: Path) -> int:
+    """Free space where `folder` is, or is to be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _bytes_to_fetch(name: str, revision: str | None, cache_dir: Path) -> int:
+    """Bytes of the files that the hub lists and the cache lacks."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    blobs = cache_dir / "hub" / f"datasets--{name.replace('/', '--')}" / "blobs"
+    listed = HfApi().list_repo_tree(name, revision=revision, recursive=True, repo_type="dataset")
+    return sum(
+        entry.size
+        for entry in listed
+        if isinstance(entry, RepoFile)
+        and not (blobs / (entry.lfs.sha256 if entry.lfs else entry.blob_id)).exists()
+    )
 
 
 def _load_with_datasets(
-    source: str, cache_dir: Path, files: list[Path], path: str, **options: Any
+    source: str,
+    cache_dir: Path,
+    fingerprint: str,
+    files: list[Path],
+    *place: str | None,
+    **options: Any,
 ) -> Sequence[Row]:
-    """`datasets.load_dataset` with its Arrow files under `cache_dir`; raises DataError."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    """`datasets.load_dataset` with its Arrow files under `cache_dir`; raises DataError.
 
+    Which Arrow files these are is written down: the next process maps them at once, and needs to
+    write nothing, where `load_dataset` would take a lock in the cache.
+    """
+    from datasets import load_dataset
+
+    key = hashlib.sha256(fingerprint.encode()).hexdigest()[:32]
+    record = cache_dir / "datasets" / "rows" / f"{key}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError, DataError):
+        written = json.loads(record.read_bytes())
+        rows = read_arrow([cache_dir / "datasets" / name for name in written["files"]])
+        if len(rows) == written["rows"]:
+            return rows
     try:
-        dataset = load_dataset(path, cache_dir=str(cache_dir / "datasets"), **options)
+        dataset = load_dataset(*place, cache_dir=str(cache_dir / "datasets"), **options)
     except Exception as error:  # datasets raises bare StopIteration, ValueError, OSError, ...
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        if isinstance(cause, OSError) and (line := explain_os_error(cause, cache_dir)):
+        needed = sum(file.stat().st_size for file in files)
+        if isinstance(cause, OSError) and (line := explain_os_error(cause, cache_dir, needed)):
             raise DataError(line) from error
         # Only now, when it matters, look for the file and line that datasets does not name.
         for file in files:
-            _check_file(file)
-        if isinstance(error, DatasetNotFoundError):
-            raise DataError(f"{source}: holds no data file that datasets can read") from error
-        raise DataError(
-            f"{source}: check data.split and data.subset; datasets cannot load it: "
-            f"{_one_line(error)}"
-        ) from error
+            check_file(file)
+        raise DataError(_explain_load(error, source)) from error
+    with suppress(OSError, ValueError):
+        root = (cache_dir / "datasets").absolute()
+        names = [str(Path(f["filename"]).relative_to(root)) for f in dataset.cache_files]
+        write_json(record, {"files": names, "rows": len(dataset)})
     return dataset
 
 
-# -------------------------------------------------------------------------------------------- files
+def _explain_load(error: Exception, source: str) -> str:
+    from datasets.exceptions import DatasetNotFoundError
 
-
-def _local_source(path: Path, split: str, cache_dir: Path) -> Source:
-    files = _select_files(path, split)
-    suffixes = {file.suffix for file in files}
-    if len(suffixes) > 1:
-        raise DataError(f"{path}: mixes {' and '.join(sorted(suffixes))} files; keep one kind")
-
-    digest = hashlib.sha256()
-    for file in files:
-        with _open(file) as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name} {content}\n".encode())
-
-    def load() -> Sequence[Row]:
-        if suffixes == {".parquet"}:
-            for file in files:
-                _check_file(file, footer_only=True)
-            names = [str(file) for file in files]
-            return _load_with_datasets(
-                str(path), cache_dir, files, "parquet", data_files={"train": names}, split="train"
-            )
-        arrays = [_read_json_array(file) for file in files]
-        if all(rows is None for rows in arrays):
-            return JsonLines(files)
-        return [
-            row
-            for file, rows in zip(files, arrays, strict=True)
-            for row in (rows if rows is not None else JsonLines([file]))
-        ]
-
-    return Source(str(path), None, f"files/{digest.hexdigest()}", load)
-
-
-def _select_files(path: Path, split: str) -> list[Path]:
-    """The files of `split`: by a word of file or folder name as `datasets` does, else all train."""
-    if not path.exists():
-        raise DataError(f"data.path {path} does not exist; give a file or a folder of files")
-    if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise DataError(f"{path}: not a {', '.join(_SUFFIXES)} file")
-        files = [path]
-    else:
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix in _SUFFIXES
-            and not any(part[0] in "._" for part in file.relative_to(path).parts)
-        )
-        if not files:
-            raise DataError(f"{path}: holds no {', '.join(_SUFFIXES)} file")
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        name = _split_of(file.relative_to(path) if path.is_dir() else Path(), split)
-        splits.setdefault(name or "", []).append(file)
-    if set(splits) == {""}:
-        splits = {"train": files}
-    if split not in splits:
-        found = ", ".join(sorted(name for name in splits if name))
-        raise DataError(f"{path}: no split {split!r}; its files give {found}")
-    return splits[split]
-
-
-def _split_of(file: Path, wanted: str) -> str | None:
-    words = re.split(r"[^a-z0-9]+", str(file).lower())
-    if file.stem == wanted or file.stem.startswith(f"{wanted}-"):
-        return wanted
-    for split, aliases in _SPLIT_WORDS.items():
-        if any(word in aliases for word in words):
-            return split
-    return None
-
-
-def _open(file: Path):
-    try:
-        return open(file, "rb")
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from error
-
-
-def _read_json_array(file: Path) -> list[Row] | None:
-    """The rows of a file that is one JSON array; None where it holds one object per line."""
-    with _open(file) as stream:
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if not start.startswith(b"["):
-            return None
-        stream.seek(0)
-        raw = stream.read().removeprefix(b"\xef\xbb\xbf")
-    rows = _parse_json(raw, file, 1)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}: item {number} is not a JSON object")
-    return rows
-
-
-class JsonLines(Sequence[Row]):
-    """Rows of files with one JSON object per line, parsed when they are asked for.
-
-    Only the position of every line is kept in memory. Each row is exactly what its line says, with
-    no schema shared between rows: a key that only some messages have does not appear in the others.
-    """
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = list(files)
-        self._maps: list[mmap.mmap] = []
-        self._file, self._start, self._stop, self._line = (array(kind) for kind in "iqqq")
-        for index, file in enumerate(self._files):
-            before, position = len(self._file), 0
-            with _open(file) as stream:
-                for number, line in enumerate(stream, 1):
-                    skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
-                    if line[skip:].strip():
-                        self._file.append(index)
-                        self._start.append(position + skip)
-                        self._stop.append(position + len(line))
-                        self._line.append(number)
-                    position += len(line)
-                if len(self._file) == before:
-                    raise DataError(f"{file}: empty; give a file with one JSON object per line")
-                self._maps.append(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-
-    def __len__(self) -> int:
-        return len(self._file)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        file = self._file[index]
-        raw = self._maps[file][self._start[index] : self._stop[index]].rstrip()
-        row = _parse_json(raw, self._files[file], self._line[index])
-        if not isinstance(row, dict):
-            raise DataError(f"{self._files[file]}:{self._line[index]}: not a JSON object")
-        return row
-
-
-def _parse_json(raw: bytes, file: Path, line: int) -> Any:
-    """The value of `raw`, which begins at `line` of `file`; raises DataError with the line."""
-    if (position := raw.find(b"\0")) >= 0:
-        line += raw.count(b"\n", 0, position)
-        raise DataError(f"{file}:{line}: NUL byte; is it UTF-16? convert it to UTF-8")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        raise DataError(f"{file}:{line}: not UTF-8 ({error.reason}); convert the file") from error
-    try:
-        value = json.loads(text)
-        if _SURROGATE_ESCAPE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        raise DataError(f"{file}:{line}: broken JSON: {error.msg}, column {error.colno}") from error
-    except UnicodeEncodeError as error:
-        raise DataError(f"{file}:{line}: half of a surrogate pair; it is not text") from error
-    except RecursionError as error:
-        raise DataError(f"{file}:{line}: JSON nested too deep") from error
-    return value
-
-
-def _check_file(file: Path, *, footer_only: bool = False) -> None:
-    """Raise DataError with the place if `file` is damaged."""
-    if file.stat().st_size == 0:
-        raise DataError(f"{file}: empty")
-    if file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(file) as parquet:
-                for group in range(0 if footer_only else parquet.num_row_groups):
-                    parquet.read_row_group(group)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: damaged parquet file: {_one_line(error)}") from error
-    elif _read_json_array(file) is None:
-        for _ in _iterate(JsonLines([file])):
-            pass
-
-
-def _iterate(rows: Sequence[Row]) -> Iterator[Row]:
-    return (rows[i] for i in range(len(rows)))
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    if isinstance(error, DatasetNotFoundError):
+        return f"{source}: holds no data file that datasets can read"
+    return f"{source}: check data.split and data.subset; datasets cannot load it: {one_line(error)}"
