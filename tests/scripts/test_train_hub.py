@@ -58,9 +58,8 @@ def test_fetched_once_pinned_and_offline_afterwards(tmp_path: Path) -> None:
             "--data.revision=v1",
             "--data.seq_len=128",
             "--micro_batch_size=2",
-            "--steps=2",
             "--model.dtype=float32",
-            *more,
+            *(more or ("--steps=2",)),
         ]
 
     with LoopbackHub({"org/tiny": models}, {"org/chat": datasets}) as hub:
@@ -69,11 +68,19 @@ def test_fetched_once_pinned_and_offline_afterwards(tmp_path: Path) -> None:
         env["HF_ENDPOINT"] = hub.url
         first = torchrun(args("online"), timeout=120, env=env, cwd=work)
         downloads = {**hub.downloads("org/tiny"), **hub.downloads("org/chat")}
+        # The branch moves on; the run that is continued keeps to its commit.
+        write_chat(datasets["v1"] / "train.jsonl", count=120, seed=7)
+        assert hub.commit("org/chat", "v1", "datasets") != commits[1]
+        more = [sys.executable, *args("online", "--steps=3", "--global_batch_size=4")]
+        resumed = run_command(more, timeout=120, env=env, cwd=work)
+        assert {**hub.downloads("org/tiny"), **hub.downloads("org/chat")} == downloads
 
+    assert resumed.returncode == 0, resumed.output
+    assert "after step 2 of 3" in resumed.stdout
     assert first.returncode == 0, first.output
     assert {"config.json", "model.safetensors", "tokenizer.json", "train.jsonl"} <= set(downloads)
     assert set(downloads.values()) == {1}, downloads
-    _assert_recorded(tmp_path / "online", commits)
+    _assert_recorded(tmp_path / "online", commits, steps=3)
     # One rank says what is fetched; where there is no terminal, bars would fill the log.
     assert first.stderr.splitlines() == [
         f"fetching {name} to {tmp_path / 'cache'}" for name in ("org/tiny", "org/chat")
@@ -85,7 +92,7 @@ def test_fetched_once_pinned_and_offline_afterwards(tmp_path: Path) -> None:
     _assert_recorded(tmp_path / "no-network", commits)
 
     offline = {**env, "HF_HUB_OFFLINE": "1"}
-    token = [f'--model.add_special_tokens=["{_TOOL}"]']
+    token = [f'--model.add_special_tokens=["{_TOOL}"]', "--steps=2"]
     third = run_command(
         [sys.executable, *args("offline", *token)], timeout=120, env=offline, cwd=work
     )
@@ -111,8 +118,10 @@ def test_fetched_once_pinned_and_offline_afterwards(tmp_path: Path) -> None:
     assert list(work.iterdir()) == []
 
 
-def _assert_recorded(output_dir: Path, commits: tuple[str, str]) -> None:
+def _assert_recorded(output_dir: Path, commits: tuple[str, str], steps: int = 2) -> None:
     run = _run_json(output_dir)
-    assert (run["model"]["name"], run["data"]["name"]) == ("org/tiny", "org/chat")
-    assert (run["model"]["commit"], run["data"]["commit"]) == commits
-    assert [row["step"] for row in read_rows(output_dir) if "loss" in row][-1] == 2
+    (data,) = run["data"]["sources"]
+    assert (run["model"]["name"], data["name"]) == ("org/tiny", "org/chat")
+    assert (run["model"]["revision"], data["revision"]) == ("v1", "v1")
+    assert (run["model"]["commit"], data["commit"]) == commits
+    assert [row["step"] for row in read_rows(output_dir) if "loss" in row][-1] == steps
