@@ -188,7 +188,7 @@ def test_nobody_waits_for_a_killed_worker(tmp_path: Path) -> None:
         for node in (0, 1)
     ]
     try:
-        outputs = [launcher.communicate(timeout=60)[0] for launcher in launchers]
+        outputs = [launcher.communicate(timeout=120)[0] for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.terminate()  # ends its rank too
