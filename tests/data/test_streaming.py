@@ -117,6 +117,17 @@ def test_rows_of_ranks_are_disjoint_and_together_all(tokenizer) -> None:
     assert [len(_take(stream, 60)) for stream in streams] == [60, 60, 60]
 
 
+def test_blocks_and_ranks_have_orders_of_their_own(tokenizer) -> None:
+    config = replace(CONFIG, packing="none")
+    orders = set()
+    for rank in range(2):
+        stream = _stream(tokenizer, _rows(40), config, rank=rank, world_size=2, micro_batch_size=10)
+        # Two blocks of ten rows, in two passes.
+        orders |= {tuple(batch["sample_index"].tolist()) for batch in _take(stream, 4)}
+    assert len(orders) == 8
+    assert {tuple(sorted(order)) for order in orders} == {tuple(range(10))}
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     count=st.integers(1, 60),
@@ -255,7 +266,8 @@ def test_conversations_are_masked_and_too_long_ones_counted(tokenizer) -> None:
         turns = [("user", "q"), ("assistant", answer)]
         return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
-    rows = [row("fine"), row(""), row("good"), row("z " * 200), {"other": 1}]
+    # A row without the columns is a bad one, also where it begins a block.
+    rows = [{"other": 1}, row("fine"), row(""), row("good"), row("z " * 200)]
     config = replace(CONFIG, format="messages", seq_len=64)
     stream = _stream(tokenizer, rows, config, micro_batch_size=1, rank=0, world_size=1)
     (batch,) = _take(stream, 1)
@@ -264,8 +276,8 @@ def test_conversations_are_masked_and_too_long_ones_counted(tokenizer) -> None:
     ledger = stream.ledger
     assert (ledger.rows_read, ledger.rows_used, ledger.overlong_dropped) == (5, 2, 1)
     assert {reason: entry["first"] for reason, entry in ledger.excluded.items()} == {
-        "content is empty": [1],
-        "messages is not a list": [4],
+        "messages is not a list": [0],
+        "content is empty": [2],
     }
     assert ledger.tokens_read == ledger.tokens + ledger.tokens_dropped
     assert int(batch["counts"][0]) == ledger.tokens
