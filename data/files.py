@@ -5,7 +5,6 @@ Every error names the file, and the line where there are lines.
 
 from __future__ import annotations
 
-import io
 import json
 import mmap
 import re
@@ -13,8 +12,9 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, overload
 
 from data.errors import DataError
 
@@ -44,7 +44,7 @@ class Files:
     """Relative to the folder, with slashes; of a single file its own name."""
 
     single: bool
-    open: Callable[[str], BinaryIO]
+    open: Callable[[str], BufferedIOBase]
     """Opens one by its name; raises DataError."""
 
     def place(self, name: str) -> str:
@@ -100,7 +100,8 @@ def _select_saved(files: Files, split: str, prefix: str, content: dict[str, Any]
     state = _read_saved(files, f"{prefix}state.json")
     names = [prefix + str(entry.get("filename")) for entry in state.get("_data_files", [])]
     # A list from elsewhere must not lead out of the folder: only what is listed in it counts.
-    if not names or (missing := sorted(set(names) - set(files.names))):
+    missing = sorted(set(names) - set(files.names))
+    if missing or not names:
         lacks = f"lacks {', '.join(missing)}" if names else "names no data files"
         raise DataError(f"{files.where}: {lacks}; save or copy the dataset again")
     return names
@@ -131,7 +132,7 @@ def _split_of(name: str, wanted: str) -> str | None:
     return None
 
 
-def open_local(file: Path) -> BinaryIO:
+def open_local(file: Path) -> BufferedReader:
     """Open a file to read its bytes; raises DataError."""
     try:
         return open(file, "rb")
@@ -142,7 +143,7 @@ def open_local(file: Path) -> BinaryIO:
 # ------------------------------------------------------------------------------------- one after another
 
 
-def lazy_rows(stream: BinaryIO, suffix: str, place: str) -> Iterator[Callable[[], Row]]:
+def lazy_rows(stream: BufferedIOBase, suffix: str, place: str) -> Iterator[Callable[[], Row]]:
     """One function per row of an open file, in order; a row is parsed only when its function is called.
 
     So a reader passes over rows at little cost: lines are not parsed, row groups of parquet not even
@@ -158,19 +159,23 @@ def lazy_rows(stream: BinaryIO, suffix: str, place: str) -> Iterator[Callable[[]
     return rows
 
 
-def _lazy_json(stream: BinaryIO, place: str) -> Iterator[Callable[[], Row]]:
+def _lazy_json(stream: BufferedIOBase, place: str) -> Iterator[Callable[[], Row]]:
     array_rows = _read_json_array(stream, place)
     if array_rows is not None:
         for row in array_rows:
             yield partial(_identity, row)
         return
-    number, empty = 0, True
-    # Files of a remote store read ahead but are slow line by line.
-    for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):  # type: ignore[arg-type]
-        raw = line.removeprefix(_BOM) if number == 1 else line
-        if raw.strip():
-            empty = False
-            yield partial(_parse_row, raw.rstrip(), place, number)
+    empty = True
+    # Files of a remote store read ahead, but are slow line by line.
+    lines = BufferedReader(stream, 1 << 20)  # type: ignore[arg-type]
+    try:
+        for number, line in enumerate(lines, 1):
+            raw = line.removeprefix(_BOM) if number == 1 else line
+            if raw.strip():
+                empty = False
+                yield partial(_parse_row, raw.rstrip(), place, number)
+    finally:
+        lines.detach()  # whoever opened the file closes it
     if empty:
         raise DataError(f"{place}: empty; give a file with one JSON object per line")
 
@@ -179,7 +184,7 @@ def _identity(row: Row) -> Row:
     return row
 
 
-def _lazy_parquet(stream: BinaryIO, place: str) -> Iterator[Callable[[], Row]]:
+def _lazy_parquet(stream: BufferedIOBase, place: str) -> Iterator[Callable[[], Row]]:
     import pyarrow.parquet as pq
 
     parquet = _or_damaged(partial(pq.ParquetFile, stream), place, "parquet")
@@ -189,7 +194,7 @@ def _lazy_parquet(stream: BinaryIO, place: str) -> Iterator[Callable[[], Row]]:
             yield partial(_row_of, read, row)
 
 
-def _read_group(parquet: Any, number: int, place: str) -> Sequence[Row]:
+def _read_group(parquet: Any, number: int, place: str) -> Any:
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
@@ -201,7 +206,7 @@ def _row_of(read: Callable[[], Sequence[Row]], row: int) -> Row:
     return read()[row]
 
 
-def _lazy_arrow(stream: BinaryIO, place: str) -> Iterator[Callable[[], Row]]:
+def _lazy_arrow(stream: BufferedIOBase, place: str) -> Iterator[Callable[[], Row]]:
     import pyarrow as pa
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -278,7 +283,7 @@ def read_json(files: Sequence[Path]) -> Sequence[Row]:
     ]
 
 
-def _read_json_array(stream: BinaryIO, place: str) -> list[Row] | None:
+def _read_json_array(stream: BufferedIOBase, place: str) -> list[Row] | None:
     """The rows of a file that is one JSON array; None, at its start again, where it is lines."""
     start = stream.read(4096).removeprefix(_BOM).lstrip()
     stream.seek(0)

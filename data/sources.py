@@ -307,17 +307,11 @@ def _stream_hub(
 ) -> Iterator[Callable[[], Row]]:
     """Rows through `datasets` streaming, of one commit; offline of the snapshot in the cache."""
     from datasets import load_dataset
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
+    place, revision = name, hub_commit(name, config.revision, cache_dir)
     if constants.HF_HUB_OFFLINE:
-        place, revision = (
-            str(download_dataset(name, revision=config.revision, cache_dir=cache_dir)),
-            None,
-        )
-    else:
-        _check_revision(config.revision)
-        ask = partial(HfApi().dataset_info, name, revision=config.revision)
-        place, revision = name, _ask_hub(ask, name, config.revision, cache_dir).sha
+        place, revision = str(download_dataset(name, revision=revision, cache_dir=cache_dir)), None
     try:
         rows = iter(
             load_dataset(
@@ -340,6 +334,20 @@ def _stream_hub(
         if row is None:
             return
         yield partial(_row_of, [row], 0)
+
+
+def hub_commit(name: str, revision: str | None, cache_dir: Path) -> str:
+    """The commit that `revision` of a dataset stands for now; offline that of the snapshot in the cache.
+
+    Raises DataError.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return download_dataset(name, revision=revision, cache_dir=cache_dir).name
+    _check_revision(revision)
+    ask = partial(HfApi().dataset_info, name, revision=revision)
+    return str(_ask_hub(ask, name, revision, cache_dir).sha)
 
 
 def download_dataset(name: str, *, revision: str | None, cache_dir: Path) -> Path:
@@ -501,9 +509,10 @@ def _load_with_datasets(
     cache_dir: Path,
     fingerprint: str,
     files: list[Path],
-    *place: str | None,
+    path: str,
+    subset: str | None = None,
     **options: Any,
-) -> Sequence[Row]:
+) -> Any:
     """`datasets.load_dataset` with its Arrow files under `cache_dir`; raises DataError.
 
     Which Arrow files these are is written down: the next process maps them at once, and needs to
@@ -519,7 +528,7 @@ def _load_with_datasets(
         if len(rows) == written["rows"]:
             return rows
     try:
-        dataset = load_dataset(*place, cache_dir=str(cache_dir / "datasets"), **options)
+        dataset = load_dataset(path, subset, cache_dir=str(cache_dir / "datasets"), **options)
     except Exception as error:  # datasets raises bare StopIteration, ValueError, OSError, ...
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         needed = sum(file.stat().st_size for file in files)
