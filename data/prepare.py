@@ -49,6 +49,9 @@ class Task:
     folder: Path
     """Where the tokens will be."""
 
+    part_rows: int
+    """Rows of a part, but for the last."""
+
     @property
     def columns(self) -> list[str]:
         rows = self.source.rows
@@ -56,7 +59,14 @@ class Task:
 
     @property
     def parts(self) -> int:
-        return -(-len(self.source.rows) // PART_ROWS)
+        return -(-len(self.source.rows) // self.part_rows)
+
+    @property
+    def missing_parts(self) -> list[int]:
+        """Numbers of the parts that are still to be written; none once all have been joined."""
+        missing = [n for n in range(self.parts) if not self.part_folder(n).exists()]
+        # In this order: whoever joins makes the folder first, then removes the parts.
+        return [] if self.folder.exists() else missing
 
     def part_folder(self, number: int) -> Path:
         return self.in_progress / f"{number:05d}-of-{self.parts:05d}"
@@ -73,17 +83,19 @@ def prepare_tokens(
     config: DataConfig,
     *,
     cache_dir: str | Path,
+    write: Callable[[Task, Sequence[int]], None] | None = None,
 ) -> Path:
     """The folder with the tokens and marks of all rows, tokenising them unless it exists already.
 
     The folder's name is a hash of everything that decides its bytes. Of several processes that want
-    it one works, and the others wait for it. Raises DataError.
+    it one works, and the others wait for it. `write` is called in place of `write_parts`. Raises
+    DataError.
     """
     task = new_task(source, tokenizer, config, cache_dir=cache_dir)
     if not task.folder.exists():
         with locked(task.in_progress.with_suffix(".lock"), f"tokenising {source.name}"):
             if not task.folder.exists():
-                write_parts(task, range(task.parts))
+                (write or write_parts)(task, range(task.parts))
                 join_parts(task)
     # The limit does not change the bytes, so it is not in the key: hold a warm folder to it too.
     ledger = Ledger(**open_tokens(task.folder).meta["ledger"])
@@ -99,7 +111,7 @@ def new_task(
     cache_dir: str | Path,
 ) -> Task:
     key = hashlib.sha256(to_json(tokens_key(source, tokenizer, config)).encode()).hexdigest()[:32]
-    return Task(source, tokenizer, config, Path(cache_dir) / "tokens" / key)
+    return Task(source, tokenizer, config, Path(cache_dir) / "tokens" / key, PART_ROWS)
 
 
 def tokens_key(
@@ -272,7 +284,8 @@ def join_parts(task: Task) -> None:
             "ledger": asdict(ledger),
         }
         write_meta(folder, meta, list(TOKEN_FILES))
-    shutil.rmtree(task.in_progress)
+    # What another process is still writing there is not needed: it may stay.
+    shutil.rmtree(task.in_progress, ignore_errors=True)
 
 
 class _Part(Sequence[Row]):
@@ -297,8 +310,8 @@ class _Part(Sequence[Row]):
 
 
 def _part(task: Task, number: int) -> _Part:
-    rows, start = task.source.rows, number * PART_ROWS
-    return _Part(rows, task.columns, start, min(start + PART_ROWS, len(rows)))
+    rows, start = task.source.rows, number * task.part_rows
+    return _Part(rows, task.columns, start, min(start + task.part_rows, len(rows)))
 
 
 # --------------------------------------------------------------------------------------- processes
