@@ -454,10 +454,6 @@ def validate(config: TrainConfig) -> None:
         require(config.steps is not None, "--data.streaming has no end: give --steps")
         require(not config.data.sources, "--data.streaming reads one source, not --data.sources")
         require(
-            config.data.packing != "fixed",
-            "--data.streaming packs what it has read: --data.packing best_fit or none",
-        )
-        require(
             config.data.workers <= 1,
             "--data.streaming has one place in the stream per rank: --data.workers 0 or 1",
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from data.config import DataConfig, source_configs
 from data.embedded import build_tokenizer
 from data.errors import DataError
 from data.mixture import Mixture, mix
-from data.prepare import prepare_tokens, tokenizer_key
-from data.sources import Row, load_rows
+from data.prepare import Task, prepare_tokens, tokenizer_key
+from data.sources import Row, hub_commit, load_rows, shown_url, stream_rows
 from data.store import open_packed, open_tokens, prepare_packs
 from data.streaming import stream_format
 from models.build import check_fits, read_model_config
@@ -54,7 +55,7 @@ def prepare(
             prepare_source(source.data, source.data.split, tokenizer, cache_dir)
             for source in sources
         ]
-    split = config.evaluation.split or ("test" if uses_embedded_data(config) else None)
+    split = held_out_split(config)
     if to_train and split is not None:
         prepared["evaluation"] = [
             prepare_source(source.data, split, tokenizer, cache_dir) for source in sources
@@ -101,17 +102,30 @@ def prepare_model(
     }
 
 
+def held_out_split(config: TrainConfig) -> str | None:
+    """The split that is evaluated on; None where there is none."""
+    return config.evaluation.split or ("test" if uses_embedded_data(config) else None)
+
+
 def prepare_source(
-    config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+    config: DataConfig,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    *,
+    write: Callable[[Task, Sequence[int]], None] | None = None,
 ) -> dict[str, Any]:
-    """One source fetched, tokenised and packed: its name, commit, and the folder to give `open_packed`."""
+    """One source fetched, tokenised and packed: its name, commit, and the folder to give `open_packed`.
+
+    `write` is called in place of `data.prepare.write_parts`.
+    """
     if config.prepared is not None:
-        tokens = fetch_prepared(config.prepared, tokenizer, cache_dir)
+        tokens = fetch_prepared(prepared_place(config.prepared, split), tokenizer, cache_dir)
     else:
         if config.name is not None or (config.path is not None and "://" in config.path):
             say_fetching(str(config.name or config.path), cache_dir)
         source = load_rows(config, split, cache_dir=cache_dir)
-        tokens = prepare_tokens(source, tokenizer, config, cache_dir=cache_dir)
+        tokens = prepare_tokens(source, tokenizer, config, cache_dir=cache_dir, write=write)
     meta = open_tokens(tokens).meta
     packs = prepare_packs(tokens, method=config.packing, seq_len=config.seq_len)
     return {"name": meta["source"], "commit": meta["commit"], "packs": str(packs)}
@@ -119,9 +133,10 @@ def prepare_source(
 
 def open_stream(config: DataConfig, cache_dir: Path, world_size: int) -> dict[str, Any]:
     """Name, commit and format of what is read while training."""
-    from data.sources import stream_origin, stream_rows
-
-    name, commit = stream_origin(config, cache_dir=cache_dir)
+    name, commit = shown_url(config.path or "embedded"), None
+    if config.name is not None:
+        say_fetching(config.name, cache_dir)
+        name, commit = config.name, hub_commit(config.name, config.revision, cache_dir)
     pinned = replace(config, revision=commit)
     rows = stream_rows(pinned, config.split, cache_dir=cache_dir, skip=0)
     kind = stream_format(rows, config, name=name, world_size=world_size)
@@ -132,11 +147,14 @@ def stream_rows_of_rank(
     config: DataConfig, cache_dir: Path, world_size: int, rank: int, skip: int
 ) -> Iterator[Row]:
     """Every `world_size`-th row from row `rank` on, without the first `skip` of them."""
-    from data.sources import stream_rows
-
     return stream_rows(
         config, config.split, cache_dir=cache_dir, skip=skip, every=world_size, offset=rank
     )
+
+
+def prepared_place(output: str, split: str) -> str:
+    """Where prepare_data.py puts the tokens of a split within its --output, a folder or URL."""
+    return f"{output.rstrip('/')}/{re.sub(r'[^A-Za-z0-9._-]', '_', split)}"
 
 
 def fetch_prepared(place: str, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Path:

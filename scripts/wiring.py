@@ -17,6 +17,7 @@ from data.embedded import check_answer, questions
 from data.ledger import Ledger
 from data.loader import PackedBatches
 from data.mixture import Mixture, mix
+from data.prepare import tokenizer_key
 from data.store import open_packed, pack_store
 from data.streaming import StreamedBatches
 from models.build import build_model, decoder_layer_classes, materialise, read_model_config
@@ -120,7 +121,7 @@ def _run(job: Job) -> int:
     torch.manual_seed(config.seed + ranks.rank)  # what a model draws while training differs by rank
     optimizer = build_optimizer(model, config.optimizer)
     checkpointer = Checkpointer(job.output_dir / "checkpoints", model, optimizer, config.checkpoint)
-    order = order_of_samples(job, mixture)
+    order = order_of_samples(job, mixture, tokenizer)
     progress, states = resume(job, checkpointer, order)
     batches = (
         open_stream(job, tokenizer, states)
@@ -291,11 +292,18 @@ def open_batches(
     )
 
 
-def order_of_samples(job: Job, mixture: Mixture | None) -> dict[str, Any]:
+def order_of_samples(
+    job: Job, mixture: Mixture | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """What decides which sample a cursor stands for: it means the same only while these are the same."""
     config = job.config
     if mixture is None:
-        data: dict[str, Any] = {"stream": job.prepared["stream"]}
+        options = ("train_on", "expand_turns", "control_tokens", "overlong")
+        data: dict[str, Any] = {
+            **job.prepared["stream"],
+            **tokenizer_key(tokenizer),
+            **{name: getattr(config.data, name) for name in options},
+        }
     else:
         data = {str(i): s.documents.meta["key"] for i, s in enumerate(mixture.sources)}
         data["rows_per_epoch"] = list(mixture.counts)

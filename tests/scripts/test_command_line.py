@@ -258,7 +258,6 @@ def test_sources_come_from_files_and_flags_and_are_given_back(tmp_path: Path) ->
     ("flag", "line"),
     [
         ("--epochs=2", "--data.streaming has no end: give --steps"),
-        ("--data.packing=fixed", "--data.packing best_fit or none"),
         ("--data.workers=2", "--data.workers 0 or 1"),
         ("--data.sources=[{path: a}]", "reads one source"),
         ("--data.prepared=x", "--data.prepared needs none"),
