@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,17 @@ def assistant(content: Any, **fields: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **fields}
 
 
+build_tokenizer = functools.cache(embedded.build_tokenizer)
+
+
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """A small one that a test may change."""
+    return copy.deepcopy(build_tokenizer())
+
+
 @pytest.fixture(scope="module")
 def small() -> PreTrainedTokenizerFast:
-    return embedded.build_tokenizer()
+    return new_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -528,7 +538,7 @@ _THINKING = (
 
 
 def _with_template(body: str, prompt: str = "") -> PreTrainedTokenizerFast:
-    tokenizer = embedded.build_tokenizer()
+    tokenizer = new_tokenizer()
     tokenizer.chat_template = (
         f"{{% for message in messages %}}{body}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {prompt!r} }}}}{{% endif %}}"
@@ -611,8 +621,21 @@ def test_an_example_that_cannot_be_proven_excludes_the_row() -> None:
     assert excluded == [Excluded(1, "the chat template changes the text of an assistant turn")]
 
 
+def test_an_example_with_a_token_across_its_border_excludes_the_row() -> None:
+    """ " is" is one token, but the template has the space of it."""
+    tokenizer = _with_template(
+        "{{ '<|im_start|>' ~ message.role ~ ' ' ~ message.content ~ '<|im_end|>' }}",
+        "<|im_start|>assistant ",
+    )
+    good = [user("q"), assistant("9"), user("q"), assistant("8")]
+    rows = [{"messages": [*good[:3], assistant("is")]}, {"messages": good}]
+    excluded, *results = encode_conversations(rows, tokenizer, expand_turns=True)
+    assert excluded == Excluded(0, "a token crosses the border of a turn")
+    assert [(result.row, type(result)) for result in results] == [(1, Encoded), (1, Encoded)]
+
+
 def test_text_behind_the_conversation() -> None:
-    tokenizer = embedded.build_tokenizer()
+    tokenizer = new_tokenizer()
     tokenizer.chat_template += " "
     assert spans(tokenizer, CONVERSATION) == ["a1<|im_end|>", "a2<|im_end|>"]
 
@@ -630,7 +653,7 @@ def test_a_template_that_cannot_be_told_apart_is_an_error(body: str, message: st
 
 
 def test_no_template_is_an_error() -> None:
-    tokenizer = embedded.build_tokenizer()
+    tokenizer = new_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         encode(tokenizer, CONVERSATION)
@@ -649,7 +672,7 @@ def test_a_template_that_changes_what_is_said_excludes_the_row() -> None:
 
 
 def test_padding_and_truncation_a_caller_has_set_do_not_reach_the_ids(small) -> None:
-    tokenizer = embedded.build_tokenizer()
+    tokenizer = new_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=100)
     expected, found = encode(small, CONVERSATION), encode(tokenizer, CONVERSATION)
