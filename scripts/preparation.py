@@ -186,17 +186,25 @@ def open_mixture(config: DataConfig, prepared: dict[str, Any]) -> Mixture:
 
 
 def say_fetching(name: str, cache_dir: Path) -> None:
+    from huggingface_hub import constants
+
     # A download may take an hour, and its bar is only seen on a terminal.
-    print(f"fetching {name} to {cache_dir}", file=sys.stderr, flush=True)
+    if not constants.HF_HUB_OFFLINE:
+        print(f"fetching {name} to {cache_dir}", file=sys.stderr, flush=True)
+
+
+def embedded_tokenizer_folder(cache_dir: Path) -> Path:
+    """Where the embedded tokenizer is, or will be: its name is its digest."""
+    content = build_tokenizer().backend_tokenizer.to_str()
+    return cache_dir / "embedded-tokenizer" / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def embedded_tokenizer(cache_dir: Path) -> Path:
-    """Folder of the embedded tokenizer under its own digest, written once and never half."""
-    tokenizer = build_tokenizer()
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-    folder = cache_dir / "embedded-tokenizer" / digest
+    """Folder of the embedded tokenizer, written once and never half."""
+    folder = embedded_tokenizer_folder(cache_dir)
     if not folder.exists():
-        staging = folder.with_name(f".{digest}-{os.uname().nodename}-{os.getpid()}")
+        tokenizer = build_tokenizer()
+        staging = folder.with_name(f".{folder.name}-{os.uname().nodename}-{os.getpid()}")
         tokenizer.save_pretrained(staging)
         try:
             staging.rename(folder)
