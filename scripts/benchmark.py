@@ -22,6 +22,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,7 @@ from data.config import DataConfig
 from data.embedded import build_tokenizer
 from data.errors import DataError
 from data.packing import pack, sample_to_pack
-from data.prepare import PART_ROWS, prepare_tokens
+from data.prepare import join_parts, new_task, write_parts
 from data.sources import load_rows
 from data.store import open_packed, prepare_packs
 from models.errors import ModelError
@@ -230,13 +231,16 @@ def prepare_with_shardloop(
     )
     with tempfile.TemporaryDirectory(dir=file.parent) as cache_dir:
         source = load_rows(config, "train", cache_dir=cache_dir)
-        parts = -(-len(source.rows) // PART_ROWS)  # opens them: TRL too is given an open data set
+        share = -(-len(source.rows) // processes)  # opens the rows: TRL's data set is open too
         with stopwatch() as result:
-            tokens = prepare_tokens(source, tokenizer, config, cache_dir=cache_dir)
-            packs = prepare_packs(tokens, method="best_fit", seq_len=SEQ_LEN)
+            # What prepare_tokens does, in parts that give every process work, however few the rows.
+            task = new_task(source, tokenizer, config, cache_dir=cache_dir)
+            task = replace(task, part_rows=share)
+            write_parts(task, range(task.parts))
+            join_parts(task)
+            packs = prepare_packs(task.folder, method="best_fit", seq_len=SEQ_LEN)
         ledger = open_packed(packs).ledger
     return result | {
-        "processes": min(processes, parts),
         "tokens_per_second": ledger["tokens"] / result["seconds"],
         **{key: ledger[key] for key in ("tokens", "supervised_tokens", "packed_rows")},
     }
@@ -288,7 +292,6 @@ def prepare_with_trl(file: Path, tokenizer: PreTrainedTokenizerBase, processes: 
         packed = trainer.train_dataset
         labels = pc.list_flatten(packed.with_format("arrow")["labels"])
         result |= {
-            "processes": processes,
             "tokens_per_second": len(labels) / result["seconds"],
             "tokens": len(labels),
             "supervised_tokens": pc.sum(pc.not_equal(labels, -100)).as_py(),
@@ -394,52 +397,46 @@ def cpu_model() -> str:
 
 def as_markdown(result: Result) -> str:
     """The numbers as Markdown tables."""
-    machine, versions = result["machine"], result["versions"]
-    order, index = result["order"], result["packing"]["shardloop"]["index_mib"]
+    machine, versions, order = result["machine"], result["versions"], result["order"]
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores; "
         + ", ".join(f"{name} {number}" for name, number in versions.items()),
         f"{result['rows']:,} chat rows, tokenizer {result['tokenizer']}, "
         f"rows of {result['seq_len']} tokens; medians of {result['repeats']} runs",
         "",
-        "| rows to packed tokens with masks | processes | tokens/s | seconds | CPU seconds | tokens "
-        "| supervised | packed rows | times faster |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| rows to packed tokens with masks | tokens/s | seconds | CPU seconds | tokens | supervised "
+        "| packed rows | times faster |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for count, sides in result["preparing"].items():
-        for name, side in _sides(sides):
-            used = count if side["processes"] == int(count) else f"{side['processes']} of {count}"
+    for processes, sides in result["preparing"].items():
+        for name, side in _by_side(sides):
             lines.append(
-                f"| {name} | {used} | {side['tokens_per_second']:,.0f} | {side['seconds']:.2f} "
-                f"| {side['cpu_seconds']:.2f} | {side['tokens']:,} | {side['supervised_tokens']:,} "
-                f"| {side['packed_rows']:,} | {_times(sides, name)} |"
+                f"| {name}, processes: {processes} | {side['tokens_per_second']:,.0f} "
+                f"| {side['seconds']:.2f} | {side['cpu_seconds']:.2f} | {side['tokens']:,} "
+                f"| {side['supervised_tokens']:,} | {side['packed_rows']:,} | {_times(sides, name)} |"
             )
     lines += [
         "",
-        f"| packing {PACKED_DOCUMENTS:,} documents | documents/s | seconds | CPU seconds | fill % "
-        "| times faster |",
-        "|---|---|---|---|---|---|",
+        f"| packing {PACKED_DOCUMENTS:,} documents | documents/s | seconds | fill % | times faster |",
+        "|---|---|---|---|---|",
     ]
-    for name, side in _sides(result["packing"]):
+    for name, side in _by_side(result["packing"]):
         lines.append(
             f"| {name} | {side['documents_per_second']:,.0f} | {side['seconds']:.2f} "
-            f"| {side['cpu_seconds']:.2f} | {side['fill_pct']:.2f} "
-            f"| {_times(result['packing'], name)} |"
+            f"| {side['fill_pct']:.2f} | {_times(result['packing'], name)} |"
         )
     lines += [
         "",
-        f"Index of {PACKED_DOCUMENTS:,} documents and their packed rows: {index:.1f} MiB, "
+        f"Index of these documents: {result['packing']['shardloop']['index_mib']:.1f} MiB, "
         "memory-mapped.",
         f"{VISITED_SAMPLES:,} samples, one by one, in the shuffled order of {ORDERED_PACKS:,} packed "
         f"rows: {order['seconds']:.2f} seconds, {order['peak_kib']:.0f} KiB at most (the order as a "
         f"list: {order['permutation_mib']:.0f} MiB).",
     ]
-    if "trl" not in versions:
-        lines += ["", NO_TRL]
-    return "\n".join(lines)
+    return "\n".join(lines if "trl" in versions else [*lines, "", NO_TRL])
 
 
-def _sides(sides: Result) -> list[tuple[str, Result]]:
+def _by_side(sides: Result) -> list[tuple[str, Result]]:
     return [(name, sides[name]) for name in ("shardloop", "trl") if name in sides]
 
 
