@@ -6,7 +6,9 @@ Shapes: B micro_batch_size, S seq_len, M the most documents a micro-batch can ho
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -99,16 +101,26 @@ class PackedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         numbers = itertools.count() if self._steps is None else range(len(self))
-        return iter(
-            DataLoader(
-                self._dataset,
-                batch_size=None,  # each item is a micro-batch already
-                sampler=numbers,
-                num_workers=self._workers,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # its draw must not move the global random state
-            )
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,  # each item is a micro-batch already
+            sampler=numbers,
+            num_workers=self._workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # its draw must not move the global random state
         )
+        # Worker processes read ahead by themselves.
+        return iter(loader) if self._workers else read_ahead(loader, self.grad_accum_steps + 1)
+
+
+def read_ahead(items: Iterable[Batch], depth: int) -> Iterator[Batch]:
+    """The same items, of which a thread makes the next `depth` while one is used."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        upcoming = deque(pool.submit(next, iterator, None) for _ in range(depth))
+        while (item := upcoming.popleft().result()) is not None:
+            upcoming.append(pool.submit(next, iterator, None))
+            yield item
 
 
 class _MicroBatches(Dataset[Batch]):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.errors import DataError
-from data.loader import IGNORE_INDEX, PackedBatches
+from data.loader import IGNORE_INDEX, PackedBatches, read_ahead
 from data.mixture import mix
 from data.packing import pack
 from data.store import PackedStore, TokenStore
@@ -189,3 +189,23 @@ def test_sizes_that_do_not_fit_are_errors(store: TokenStore) -> None:
         _batches(store, global_batch_size=2, world_size=2)
     with pytest.raises(DataError, match="3 packed rows are fewer than global_batch_size=4"):
         _batches(_store([SEQ_LEN] * 3), global_batch_size=4)
+
+
+def test_reading_ahead_keeps_the_order_and_raises_in_its_place() -> None:
+    made = []
+
+    def items():
+        for number in range(6):
+            made.append(number)
+            yield {"number": torch.tensor(number)}
+        raise ValueError("broken")
+
+    read = read_ahead(items(), 2)
+    assert int(next(read)["number"]) == 0
+    read.close()
+    assert len(made) <= 3
+    numbers = []
+    with pytest.raises(ValueError, match="broken"):
+        for item in read_ahead(items(), 3):
+            numbers.append(int(item["number"]))
+    assert numbers == list(range(6))
