@@ -386,6 +386,8 @@ def check_file(file: Path, *, footer_only: bool = False) -> None:
             parquet = _or_damaged(partial(pq.ParquetFile, stream), str(file), "parquet")
             for number in range(0 if footer_only else parquet.num_row_groups):
                 _read_group(parquet, number, str(file))
+            if not footer_only and parquet.metadata.num_rows == 0:
+                raise DataError(f"{file}: no rows")
         else:
             for read in lazy_rows(stream, file.suffix, str(file)):
                 read()

@@ -27,7 +27,6 @@ from data.files import (
     lazy_rows,
     local_files,
     one_line,
-    open_local,
     read_arrow,
     read_json,
     select_files,
@@ -247,15 +246,16 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         known = dict(json.loads(record.read_bytes()))
 
     def digest(file: Path) -> list[Any]:
-        with open_local(file) as stream:
-            before = _identity(stream.fileno())
+        try:
+            before = _identity(file)
             if known.get(str(file), [])[1:] == before:
                 return known[str(file)]
-            start = time.time()
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-            touched = max(before[1:3]) / 1e9
-            settled = touched < start - CLOCK_GRANULARITY_SECONDS
-            return [content, *(before if settled and before == _identity(stream.fileno()) else [])]
+            settled = max(before[1:3]) / 1e9 < time.time() - CLOCK_GRANULARITY_SECONDS
+            with open(file, "rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            return [content, *(before if settled and before == _identity(file) else [])]
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}") from error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the lock
         found = dict(zip(map(str, files), pool.map(digest, files), strict=True))
@@ -266,8 +266,8 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     return [entry[0] for entry in found.values()]
 
 
-def _identity(descriptor: int) -> list[int]:
-    status = os.fstat(descriptor)
+def _identity(file: Path) -> list[int]:
+    status = file.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 

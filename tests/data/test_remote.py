@@ -49,6 +49,7 @@ class _Shaky(MemoryFileSystem):
 
     def get_file(self, rpath: str, lpath: str, *args: Any, **kwargs: Any) -> None:
         self._count("get_file")
+        self._count(f"get {Path(rpath).name}")
         super().get_file(rpath, lpath, *args, **kwargs)
         if type(self).short:
             type(self).short -= 1
@@ -129,7 +130,7 @@ def test_a_cut_or_busy_store_is_asked_again_but_not_for_ever(cache_dir: Path) ->
 def test_files_that_arrived_are_not_fetched_again(cache_dir: Path) -> None:
     for name in "abc":
         _put(f"shaky://b/{name}.jsonl", name)
-    _Shaky.failures[:] = [("get_file", ValueError("broken"))]
+    _Shaky.failures[:] = [("get c.jsonl", ValueError("broken"))]
     with pytest.raises(DataError, match="broken"):
         _texts("shaky://b", cache_dir)
     assert not list(cache_dir.rglob("listing.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,16 +211,23 @@ def test_damaged_parquet_is_named(tmp_path: Path, cache_dir: Path) -> None:
 # --------------------------------------------------------------------------------------------- hub
 
 _PROGRAM = """
-import json, sys, time
+import json, sys, time, warnings
+import data.sources
 from data.config import DataConfig
 from data.errors import DataError
-from data.sources import load_rows
+from data.sources import load_rows, stream_rows
+data.sources.RETRY_DELAYS_SECONDS = (0.01, 0.01, 0.01)
+warnings.filterwarnings("ignore", "Not enough free disk space")  # the line says more
 for options in json.loads(sys.argv[2]):
-    split = options.pop("split", "train")
+    split, share = options.pop("split", "train"), options.pop("stream", None)
     start = time.monotonic()
     try:
-        source = load_rows(DataConfig(**options), split, cache_dir=sys.argv[1])
-        answer = {"rows": list(source.rows), "commit": source.commit, "key": source.fingerprint}
+        if share is not None:
+            rows = stream_rows(DataConfig(**options), split, cache_dir=sys.argv[1], **share)
+            answer = {"rows": list(rows)}
+        else:
+            source = load_rows(DataConfig(**options), split, cache_dir=sys.argv[1])
+            answer = {"rows": list(source.rows), "commit": source.commit, "key": source.fingerprint}
     except DataError as error:
         answer = {"error": str(error)}
     print(json.dumps({**answer, "seconds": time.monotonic() - start}))
@@ -335,12 +343,114 @@ def test_refusals_say_what_to_do(tmp_path: Path, hub: LoopbackHub) -> None:
         assert answer["seconds"] < 15
 
 
+def _note_ranges(hub: LoopbackHub) -> list[tuple[str, str]]:
+    """What is asked for in parts from now on: path and Range."""
+    ranges: list[tuple[str, str]] = []
+
+    class Handler(hub._server.RequestHandlerClass):  # type: ignore[name-defined]
+        def do_GET(self) -> None:
+            if asked := self.headers.get("Range"):
+                ranges.append((self.path, asked))
+            super().do_GET()
+
+    hub._server.RequestHandlerClass = Handler
+    return ranges
+
+
 def test_passing_failures_are_tried_again(tmp_path: Path, hub: LoopbackHub) -> None:
+    """429, 5xx and cut connections pass; what arrived before the cut is not fetched again."""
+    large = tmp_path / "served" / "large" / "train.jsonl"
+    _write(large, _jsonl([{"text": "x" * 1_000_000} for _ in range(12)]))
+    hub.repositories["datasets", "org/large"] = {"main": large.parent}
+    ranges = _note_ranges(hub)
+    hub.fail("large/resolve", cut_after=11_000_000)
     hub.fail("/api/datasets/org/chat", status=503)
     hub.fail("/api/datasets/org/chat", status=429)
-    hub.fail("train-00000.jsonl", cut_after=40)
-    (answer,) = _fetch(tmp_path, {"name": "org/chat"}, HF_ENDPOINT=hub.url)
-    assert answer["rows"] == _rows(3)
     hub.fail("/api/datasets/org/two", status=503, times=99)
-    (answer,) = _fetch(tmp_path, {"name": "org/two"}, HF_ENDPOINT=hub.url)
-    assert "HTTP 503; try again later" in answer["error"]
+    calls = {"name": "org/chat"}, {"name": "org/two"}, {"name": "org/large"}
+    passed, forever, resumed = _fetch(tmp_path, *calls, HF_ENDPOINT=hub.url)
+    assert passed["rows"] == _rows(3)
+    assert "HTTP 503; try again later" in forever["error"]
+    assert len(resumed["rows"]) == 12
+    (start,) = [int(asked[6:].split("-")[0]) for path, asked in ranges if "large" in path]
+    assert 0 < start <= 11_000_000
+
+
+def _mounted(*arguments: str | Path) -> None:
+    """Mount, or skip the test where that is not allowed."""
+    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mount is not allowed here: {done.stderr.strip()}")
+
+
+def test_a_warm_cache_may_be_read_only(tmp_path: Path, hub: LoopbackHub) -> None:
+    cache = tmp_path / "cache"
+    parquet = _parquet(tmp_path / "local.parquet", _rows(2, "l"))
+    calls = {"name": "org/chat"}, {"name": "org/chat-parquet"}, {"path": str(parquet)}
+    warm = _fetch(tmp_path, *calls, HF_ENDPOINT=hub.url)
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("only root can mount")
+    _mounted("--bind", cache, cache)
+    try:
+        _mounted("-o", "remount,ro,bind", cache)
+        assert not os.access(cache, os.W_OK)
+        answers = _fetch(tmp_path, *calls, {"name": "org/two"}, HF_ENDPOINT=hub.url)
+        for answer, before in zip(answers, warm, strict=False):
+            assert answer["rows"] == before["rows"]
+        assert "Read-only file system; give a --cache_dir" in answers[-1]["error"]
+    finally:
+        subprocess.run(["umount", cache], check=True)
+
+
+def test_a_full_disk_names_path_needed_and_free_bytes(tmp_path: Path, hub: LoopbackHub) -> None:
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("only root can mount")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    large = tmp_path / "served" / "large" / "train.jsonl"
+    _write(large, _jsonl(_rows(20000)))
+    hub.repositories["datasets", "org/large"] = {"main": large.parent}
+    texts = [{"text": os.urandom(500).hex()} for _ in range(2000)]
+    parquet = _parquet(tmp_path / "local.parquet", texts)
+    far = f"file://{tmp_path}/served/large"
+    _mounted("-t", "tmpfs", "-o", "size=1m", "tmpfs", cache)
+    try:
+        calls = {"path": str(parquet)}, {"path": far}, {"name": "org/large"}
+        answers = _fetch(tmp_path, *calls, HF_ENDPOINT=hub.url)
+    finally:
+        subprocess.run(["umount", cache], check=True)
+    for answer, needed in zip(answers, (parquet, large, large), strict=True):
+        assert str(cache) in answer["error"] and "bytes free" in answer["error"], answer
+        assert f"{needed.stat().st_size:,} bytes needed" in answer["error"], answer
+
+
+def test_a_partial_snapshot_is_noticed_and_completed(tmp_path: Path, hub: LoopbackHub) -> None:
+    _fetch(tmp_path, {"name": "org/two"}, HF_ENDPOINT=hub.url)
+    (file,) = (tmp_path / "cache" / "hub").glob("datasets--org--two/snapshots/*/two.jsonl")
+    file.resolve().unlink()
+    file.unlink()
+    calls = {"name": "org/two", "subset": "two"}, {"name": "org/cold"}
+    partial, cold = _fetch(tmp_path, *calls, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
+    assert "only partly downloaded" in partial["error"] and "two.jsonl" in partial["error"]
+    assert "org/cold" in cold["error"] and cold["seconds"] < 5
+    (answer,) = _fetch(tmp_path, calls[0], HF_ENDPOINT=hub.url)
+    assert answer["rows"] == _rows(1, "two")
+    assert hub.downloads("org/two")["one.jsonl"] == 1
+
+
+def test_rows_stream_from_the_hub(tmp_path: Path, hub: LoopbackHub) -> None:
+    share = {"every": 2, "offset": 1}
+    calls = (
+        {"name": "org/chat", "stream": {}},
+        {"name": "org/chat", "stream": share},
+        {"name": "org/chat-parquet", "split": "test", "stream": {}},
+        {"name": "org/chat", "stream": {"every": 4, "offset": 3}},
+        {"name": "org/missing", "stream": {}},
+        {"name": "org/chat", "split": "dev", "stream": {}},
+    )
+    *rows, few, missing, split = _fetch(tmp_path, *calls, HF_ENDPOINT=hub.url)
+    assert [answer["rows"] for answer in rows] == [_rows(3), _rows(3)[1::2], _rows(1, "t")]
+    assert "org/chat: 3 rows for 4 readers" in few["error"]
+    assert "check the spelling" in missing["error"]
+    assert "org/chat: check data.split" in split["error"] and "\n" not in split["error"]
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
