@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,15 @@ def test_a_copy_is_made_once_and_again_when_the_store_changes(cache_dir: Path) -
     assert [row["text"] for row in after.rows] == ["two"]
     assert after.fingerprint != before.fingerprint
     assert [row["text"] for row in before.rows] == ["one"], "a run's copy was written over"
+
+
+def test_runs_at_the_same_time_fetch_a_file_once(cache_dir: Path) -> None:
+    for name in "abc":
+        _put(f"shaky://b/{name}.jsonl", name)
+    with ThreadPoolExecutor(4) as pool:
+        copies = list(pool.map(lambda _: fetch("shaky://b", cache_dir), range(4)))
+    assert len(copies[0].sha256) == 3 and copies == [copies[0]] * 4
+    assert _Shaky.calls["get_file"] == 3
 
 
 def test_a_cut_or_busy_store_is_asked_again_but_not_for_ever(cache_dir: Path) -> None:
@@ -225,14 +235,12 @@ def test_prepared_folders_go_out_and_come_back(tmp_path: Path, cache_dir: Path) 
 def test_an_upload_that_fails_leaves_no_meta(tmp_path: Path, cache_dir: Path) -> None:
     upload_folder(_prepared(tmp_path / "old"), "memory://bucket/tokens")
     new = _prepared(tmp_path / "new", b"new")
-    (new / "zz").symlink_to(new / "input_ids.bin")
-    (new / "input_ids.bin").chmod(0)
-    blocked = MemoryFileSystem.put_file
+    put_file = MemoryFileSystem.put_file
 
     def refuse(self: Any, lpath: str, rpath: str, **kwargs: Any) -> None:
         if rpath.endswith("input_ids.bin"):
             raise PermissionError(errno.EACCES, "denied")
-        blocked(self, lpath, rpath, **kwargs)
+        put_file(self, lpath, rpath, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemoryFileSystem, "put_file", refuse)
