@@ -196,6 +196,24 @@ def test_what_would_mix_two_runs_is_one_line(
     assert _contents(output_dir) == before
 
 
+def test_changed_data_are_refused_unless_allowed(tmp_path: Path, cache_dir: Path) -> None:
+    data = write_chat(tmp_path / "chat.jsonl", count=40)
+    given = [f"--data.path={data}", "--data.seq_len=64", "--global_batch_size=2", *EXACT]
+
+    def run(*more: str) -> CommandResult:
+        return train([*given, *more], 1, cache_dir=cache_dir, output_dir=tmp_path / "out")
+
+    assert run("--steps=2").returncode == 0
+    write_chat(data, count=41)
+    refused = run("--steps=3")
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert "data.0.source was files/" in line and "--allow_changed '[data]'" in line
+    allowed = run("--steps=3", "--allow_changed=[data]")
+    assert allowed.returncode == 0, allowed.output
+    assert [row["step"] for row in read_rows(tmp_path / "out")] == [1, 2, 3]
+
+
 def test_only_damaged_checkpoints_do_not_start_over(job: Job, tmp_path: Path) -> None:
     output_dir = job.copy(tmp_path / "out")
     for state in output_dir.glob("checkpoints/*/state.json"):
