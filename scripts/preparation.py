@@ -193,17 +193,17 @@ def say_fetching(name: str, cache_dir: Path) -> None:
         print(f"fetching {name} to {cache_dir}", file=sys.stderr, flush=True)
 
 
-def embedded_tokenizer_folder(cache_dir: Path) -> Path:
+def embedded_tokenizer_folder(tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Path:
     """Where the embedded tokenizer is, or will be: its name is its digest."""
-    content = build_tokenizer().backend_tokenizer.to_str()
+    content = tokenizer.backend_tokenizer.to_str()
     return cache_dir / "embedded-tokenizer" / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def embedded_tokenizer(cache_dir: Path) -> Path:
     """Folder of the embedded tokenizer, written once and never half."""
-    folder = embedded_tokenizer_folder(cache_dir)
+    tokenizer = build_tokenizer()
+    folder = embedded_tokenizer_folder(tokenizer, cache_dir)
     if not folder.exists():
-        tokenizer = build_tokenizer()
         staging = folder.with_name(f".{folder.name}-{os.uname().nodename}-{os.getpid()}")
         tokenizer.save_pretrained(staging)
         try:

@@ -77,7 +77,8 @@ def ray_running(cache_dir: Path, workers: int) -> Iterator[None]:
             settings |= {
                 "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
                 "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                # Ray keeps the first it reads in a process.
+                "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
             }
         os.environ.update(settings)
         try:
