@@ -239,9 +239,9 @@ def test_tokens_are_carried_to_another_machine_and_trained_on(
         result = train([*run, source], 1, cache_dir=elsewhere, output_dir=output)
         assert result.returncode == 0, result.output
         evaluated = [
-            row["evaluation_loss"]
+            row["eval_loss"]
             for row in map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-            if "evaluation_loss" in row
+            if "eval_loss" in row
         ]
         assert len(evaluated) == 2
         results[name] = losses(output), evaluated
