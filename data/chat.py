@@ -29,6 +29,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from data.errors import DataError
+from data.words import Words, WordTokenizer, word_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,6 +133,10 @@ _Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
 """Messages and tools."""
 
 
+Tokens = Encoding | Words | _Joined
+"""Ids and character places of a text's tokens."""
+
+
 class Unusable(Exception):
     """Raised with the reason a row is excluded; it becomes an Excluded."""
 
@@ -217,6 +222,16 @@ class TextTokenizer:
         self.control = re.compile("|".join(map(re.escape, longest_first)))
         self.control_ids = frozenset(control.values())
         self._control_texts = list(control)
+
+    @cached_property
+    def _words(self) -> WordTokenizer | None:
+        return word_tokenizer(self.backend)
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Encoding | Words]:
+        """The tokens of each text, with their places; no special tokens but those it spells."""
+        if self._words is not None:
+            return self._words.encode_batch(texts)
+        return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     @cached_property
     def as_text(self) -> Tokenizer:
@@ -450,15 +465,13 @@ class ChatTemplate:
 
     # ---------------------------------------------------------------------------- tokenise and mark
 
-    def tokenise(
-        self, rendered: list[_Rendered | Excluded]
-    ) -> list[tuple[Encoding | _Joined, int]]:
-        """(encoding, tokens of stripped reasoning) of the examples, on all cores."""
+    def tokenise(self, rendered: list[_Rendered | Excluded]) -> list[tuple[Tokens, int]]:
+        """(encoding, tokens of stripped reasoning) of the examples."""
         items = [item for item in rendered if isinstance(item, _Rendered)]
         texts = [item.text for item in items if item.controls is None]
-        whole = iter(self._text.backend.encode_batch(texts, add_special_tokens=False))
+        whole = iter(self._text.encode_batch(texts))
         stripped = [reasoning for item in items for reasoning in item.stripped_reasoning]
-        counted = self._text.backend.encode_batch_fast(stripped, add_special_tokens=False)
+        counted = self._text.encode_batch(stripped)
         counts = iter([len(encoding.ids) for encoding in counted])
         return [
             (
@@ -489,7 +502,7 @@ class ChatTemplate:
     def mark(
         self,
         rendered: list[_Rendered | Excluded],
-        tokenised: list[tuple[Encoding | _Joined, int]],
+        tokenised: list[tuple[Tokens, int]],
     ) -> Iterator[Encoded | Excluded]:
         """Mark the tokens of the assistant turns and prove that they are those and no others."""
         results: list[Encoded | Excluded] = []
@@ -542,7 +555,7 @@ class ChatTemplate:
             yield from examples if bad is None else [bad]
 
 
-def _token_at_border(encoding: Encoding | _Joined, start: int) -> int | None:
+def _token_at_border(encoding: Tokens, start: int) -> int | None:
     """The token that begins at character `start`; None where one crosses it."""
     token = encoding.char_to_token(start)
     span = None if token is None else encoding.token_to_chars(token)

@@ -228,14 +228,17 @@ def _encode_texts(
         raise DataError("the tokenizer has no eos_token, which must end every text; set one")
     core, end = text_tokenizer(tokenizer), [end_id]
     plain = control_tokens == "plain"
-    encoder = core.as_text if plain else core.backend
     for first, batch in row_batches(rows, BATCH_ROWS):
         read = [
             _read_parts(index, row, to_parts, None if plain else core.control)
             for index, row in enumerate(batch, first)
         ]
         texts = [text for parts in read if isinstance(parts, list) for text, _ in parts]
-        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = (
+            core.as_text.encode_batch_fast(texts, add_special_tokens=False)
+            if plain
+            else core.encode_batch(texts)
+        )
         ids_of_texts = [encoding.ids for encoding in encodings]
         decoded = core.backend.decode_batch(ids_of_texts, skip_special_tokens=False)
         remaining = zip(texts, ids_of_texts, decoded, strict=True)

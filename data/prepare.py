@@ -35,7 +35,7 @@ from data.store import TOKEN_FILES, open_tokens, to_json, write_meta, written_wh
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 PART_ROWS = 16384
 
 
