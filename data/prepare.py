@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 6
-PART_ROWS = 16384
+PART_ROWS = 8192
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,7 @@ def test_two_processes_tokenise_and_give_the_same_bytes(tokenizer, tmp_path: Pat
     assert ledger["excluded"] == {"text is empty": {"rows": 1, "first": [PART_ROWS + 7]}}
     # What a worker raises is one line here as well.
     config = replace(config, overlong="error", seq_len=2)
-    with pytest.raises(DataError, match=r"row (0|16384) has \d+ tokens, more than data.seq_len=2"):
+    with pytest.raises(DataError, match=r"row (0|8192) has \d+ tokens, more than data.seq_len=2"):
         prepare_tokens(source, tokenizer, config, cache_dir=tmp_path / "error")
 
 
