@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from data.errors import DataError
 from data.prepare import Task, write_part
 
 ROOT = Path(__file__).resolve().parents[1]
+_ATTEMPTS = 4
 _OBJECT_STORE_BYTES = 100 << 20  # a Task is a tokenizer and some settings
 # Unix sockets have paths of at most 107 bytes, and Ray adds about 80 to its folder's.
 _LONGEST_FOLDER = 24
@@ -37,9 +40,10 @@ def write_parts_on_ray(task: Task, numbers: Sequence[int]) -> None:
         return
     # A block is what is scheduled, and tried again when a worker or its machine dies.
     parts = ray.data.from_items([{"part": n} for n in missing], override_num_blocks=len(missing))
+    write = partial(_write_part, task, secrets.token_hex(8))
     try:
         with tqdm(total=len(missing), desc="tokenise", unit="part", disable=None) as bar:
-            for row in parts.map(partial(_write_part, task)).iter_rows():
+            for row in parts.map(write).iter_rows():
                 if row["error"]:
                     raise DataError(row["error"])
                 bar.update()
@@ -50,15 +54,30 @@ def write_parts_on_ray(task: Task, numbers: Sequence[int]) -> None:
         ) from error
 
 
-def _write_part(task: Task, row: dict[str, Any]) -> dict[str, Any]:
+def _write_part(task: Task, run: str, row: dict[str, Any]) -> dict[str, Any]:
     """On a worker: an error of the data comes back as its one line, without a trace and another try."""
-    error = ""
+    number, error = row["part"], ""
     try:
-        if not task.part_folder(row["part"]).exists():  # a second try may find it
-            write_part(task, row["part"], lambda rows: None)
+        _count_attempt(task, run, number)
+        if not task.part_folder(number).exists():
+            write_part(task, number, lambda rows: None)
     except DataError as problem:
         error = str(problem)
     return {**row, "error": error}
+
+
+def _count_attempt(task: Task, run: str, number: int) -> None:
+    """Ray would start a part again for ever; raises DataError for one that has ended several workers."""
+    record = task.in_progress / "attempts" / run / str(number)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with open(record, "ab") as file:
+        file.write(b".")
+        attempts = file.tell()
+    if attempts > _ATTEMPTS:
+        raise DataError(
+            f"{task.source.name}: part {number} has ended {_ATTEMPTS} workers; is memory short? give "
+            "fewer workers, with --data.prepare_workers or in the cluster, and run again"
+        )
 
 
 @contextmanager
@@ -69,7 +88,9 @@ def ray_running(cache_dir: Path, workers: int) -> Iterator[None]:
     it, and has no dashboard. Raises DataError when Ray is not installed or not to be reached.
     """
     address = os.environ.get("RAY_ADDRESS")
-    with tempfile.TemporaryDirectory(prefix="ray-", dir=_short_folder()) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir=_short_folder(), ignore_cleanup_errors=True
+    ) as folder:
         # Read when ray is imported. On Linux the last two are what keeps its ports on loopback
         # and its key out of the home folder.
         settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -97,6 +118,10 @@ def ray_running(cache_dir: Path, workers: int) -> Iterator[None]:
             "_temp_dir": folder,
         }
         try:
+            if match := re.fullmatch(r"(?:ray://)?([^/]+):(\d+)", address or ""):
+                # Ray itself tries for minutes.
+                with socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=10):
+                    pass
             ray.init(
                 address=address or "local",
                 log_to_driver=False,
@@ -110,7 +135,7 @@ def ray_running(cache_dir: Path, workers: int) -> Iterator[None]:
                 f"Ray cannot be {f'reached at {address}' if address else 'started'} ({reason}); "
                 "check RAY_ADDRESS, or use --engine processes"
             ) from error
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
         DataContext.get_current().enable_progress_bars = False  # there is one of our own
         try:
             yield

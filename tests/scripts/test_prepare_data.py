@@ -18,9 +18,13 @@ from pathlib import Path
 import pytest
 
 import data.prepare
-from data.prepare import Task
+from data.config import DataConfig
+from data.embedded import build_tokenizer
+from data.prepare import Task, new_task
+from data.sources import load_rows
 from scripts.environment import _cache_settings
 from scripts.prepare_data import main
+from scripts.ray_engine import _write_part
 from tests.support.command import ROOT, clean_environment, run_command
 from tests.support.job import EXACT, losses, train
 from tests.support.tiny import write_chat, write_model
@@ -308,6 +312,21 @@ def test_without_ray_its_engine_names_what_to_install(
     code, out, err = prepare(tmp_path / "cache", *flags, "--engine=ray")
     assert (code, out) == (1, "") and err.count("\n") == 1
     assert "pip install -c constraints.txt -e '.[ray]'" in err
+
+
+def test_a_part_that_ends_its_workers_is_given_up(
+    flags: list[str], tmp_path: Path, cache_dir: Path
+) -> None:
+    """Ray itself tries for ever; what a worker leaves behind when it dies is what is counted."""
+    config = DataConfig(path=flags[2].partition("=")[2], seq_len=SEQ_LEN)
+    source = load_rows(config, "train", cache_dir=cache_dir)
+    task = new_task(source, build_tokenizer(), config, cache_dir=cache_dir)
+    for _ in range(4):
+        assert _write_part(task, "run", {"part": 0}) == {"part": 0, "error": ""}
+        shutil.rmtree(task.part_folder(0))
+    error = _write_part(task, "run", {"part": 0})["error"]
+    assert "part 0 has ended 4 workers; is memory short?" in error and "\n" not in error
+    assert _write_part(task, "another run", {"part": 0})["error"] == ""
 
 
 @pytest.mark.slow
