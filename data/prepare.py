@@ -189,8 +189,8 @@ def write_part(task: Task, number: int, advance: Callable[[int], Any]) -> None:
         for _, group in groupby(results, key=lambda result: result.row):
             row = list(group)
             for ids, supervised in examples_of_row(row, ledger, config, name, part.start):
-                ids.tofile(ids_file)
-                supervised.view(np.uint8).tofile(supervised_file)
+                ids_file.write(ids.data)
+                supervised_file.write(supervised.data)
                 lengths.append(len(ids))
             if isinstance(row[0], Excluded):
                 ledger.check(name, total, config.max_bad_rows_pct)

@@ -156,9 +156,14 @@ def pack_store(store: TokenStore, *, method: Method, seq_len: int) -> PackedStor
 def written_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` at the end: it is whole whenever it exists.
 
-    If another process made it first, that one stays. Raises DataError for a full or unwritable disk.
+    If another process made it first, that one stays. What a process of this machine was writing when
+    it was killed is removed. Raises DataError for a full or unwritable disk.
     """
-    staging = folder.with_name(f"{folder.name}.unfinished-{os.uname().nodename}-{os.getpid()}")
+    mine = f"{folder.name}.unfinished-{os.uname().nodename}-"
+    for left in folder.parent.glob(f"{mine}*"):
+        if not _is_running(left.name.removeprefix(mine)):
+            shutil.rmtree(left, ignore_errors=True)
+    staging = folder.with_name(f"{mine}{os.getpid()}")
     try:
         staging.mkdir(parents=True, exist_ok=True)
         yield staging
@@ -173,6 +178,16 @@ def written_whole(folder: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:  # somebody else's
+        return True
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    return True
 
 
 def write_meta(folder: Path, meta: dict[str, Any], names: list[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from data.store import (
     open_tokens,
     pack_store,
     prepare_packs,
+    written_whole,
 )
 
 
@@ -109,6 +113,22 @@ def test_every_damaged_file_is_found(folder: Path) -> None:
     assert find_faults(folder) == []
     (packing / "meta.json").write_text("{}")
     assert len(find_faults(folder)) == 1
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = os.uname().nodename
+    dead, alive, elsewhere = (
+        tmp_path / f"key.unfinished-{who}"
+        for who in (f"{host}-{ended.pid}", f"{host}-1", f"not-{host}-{ended.pid}")
+    )
+    for folder in (dead, alive, elsewhere):
+        folder.mkdir()
+    with written_whole(tmp_path / "key") as staging:
+        (staging / "file").write_text("whole")
+    assert (tmp_path / "key" / "file").read_text() == "whole"
+    assert (dead.exists(), alive.exists(), elsewhere.exists()) == (False, True, True)
 
 
 def test_the_first_examples_alone() -> None:
