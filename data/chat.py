@@ -29,6 +29,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from data.errors import DataError
+from data.files import BrokenRow
 from data.words import Words, WordTokenizer, word_tokenizer
 
 if TYPE_CHECKING:
@@ -200,6 +201,12 @@ def _load_text_tokenizer(serialised: str) -> TextTokenizer:
     return TextTokenizer(serialised)
 
 
+def refuse_broken(row: Row) -> None:
+    """Raise Unusable for a line that could not be read."""
+    if isinstance(row, BrokenRow):
+        raise Unusable("the line is not a JSON object")
+
+
 class TextTokenizer:
     """A fast tokenizer, and those of its tokens that are structure and never text."""
 
@@ -331,6 +338,7 @@ class ChatTemplate:
         results: list[_Rendered | Excluded] = []
         for index, row in enumerate(rows, first):
             try:
+                refuse_broken(row)
                 conversation = to_conversation(row) if to_conversation else row
                 results += self._render_row(index, conversation)
             except Unusable as reason:

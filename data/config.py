@@ -53,6 +53,9 @@ class DataConfig:
     control_tokens: Literal["exclude", "plain"] = "exclude"
     """A row whose text spells a control token such as <|im_end|>: leave it out, or take the token for plain text."""
 
+    broken_lines: Literal["error", "skip"] = "error"
+    """A line of a jsonl file that is no JSON object: stop and name it, or leave it out and count it."""
+
     seq_len: int = 4096
     """Tokens per packed row."""
 

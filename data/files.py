@@ -268,18 +268,18 @@ def read_arrow(files: Sequence[Path]) -> Any:
         ) from error
 
 
-def read_json(files: Sequence[Path]) -> Sequence[Row]:
-    """The rows of JSON files, each one array or one object per line; raises DataError."""
+def read_json(files: Sequence[Path], *, keep_broken: bool = False) -> Sequence[Row]:
+    """The rows of JSON files, each one array or one object per line (see JsonLines); raises DataError."""
     arrays = []
     for file in files:
         with open_local(file) as stream:
             arrays.append(_read_json_array(stream, str(file)))
     if all(rows is None for rows in arrays):
-        return JsonLines(files)
+        return JsonLines(files, keep_broken=keep_broken)
     return [
         row
         for file, rows in zip(files, arrays, strict=True)
-        for row in (rows if rows is not None else JsonLines([file]))
+        for row in (rows if rows is not None else JsonLines([file], keep_broken=keep_broken))
     ]
 
 
@@ -296,15 +296,24 @@ def _read_json_array(stream: BufferedIOBase, place: str) -> list[Row] | None:
     return rows
 
 
+class BrokenLine(DataError):
+    """A line that is no JSON object, or no text."""
+
+
+class BrokenRow(Row):
+    """What stands for a broken line where those are left out: a row without columns."""
+
+
 class JsonLines(Sequence[Row]):
     """Rows of files with one JSON object per line, parsed when they are asked for.
 
     Only the position of every line is kept in memory. Each row is exactly what its line says, with
     no schema shared between rows: a key that only some messages have does not appear in the others.
+    A line that is none raises BrokenLine, or is a BrokenRow with `keep_broken`.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = list(files)
+    def __init__(self, files: Sequence[Path], *, keep_broken: bool = False) -> None:
+        self._files, self._keep_broken = list(files), keep_broken
         self._maps: list[mmap.mmap] = []
         self._file, self._start, self._stop, self._line = (array(kind) for kind in "iqqq")
         for index, file in enumerate(self._files):
@@ -334,13 +343,18 @@ class JsonLines(Sequence[Row]):
             return [self[i] for i in range(*index.indices(len(self)))]
         file = self._file[index]
         raw = self._maps[file][self._start[index] : self._stop[index]].rstrip()
-        return _parse_row(raw, str(self._files[file]), self._line[index])
+        try:
+            return _parse_row(raw, str(self._files[file]), self._line[index])
+        except BrokenLine:
+            if not self._keep_broken:
+                raise
+            return BrokenRow()
 
 
 def _parse_row(raw: bytes, place: str, line: int) -> Row:
     row = _parse_json(raw, place, line)
     if not isinstance(row, dict):
-        raise DataError(f"{place}:{line}: not a JSON object")
+        raise BrokenLine(f"{place}:{line}: not a JSON object")
     return row
 
 
@@ -348,25 +362,25 @@ def _parse_json(raw: bytes, place: str, line: int) -> Any:
     """The value of `raw`, which begins at `line` of `place`; raises DataError with the line."""
     if (position := raw.find(b"\0")) >= 0:
         line += raw.count(b"\n", 0, position)
-        raise DataError(f"{place}:{line}: NUL byte; is it UTF-16? convert it to UTF-8")
+        raise BrokenLine(f"{place}:{line}: NUL byte; is it UTF-16? convert it to UTF-8")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
-        raise DataError(f"{place}:{line}: not UTF-8 ({error.reason}); convert the file") from error
+        raise BrokenLine(f"{place}:{line}: not UTF-8 ({error.reason}); convert the file") from error
     try:
         value = json.loads(text)
         if _SURROGATE_ESCAPE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line += error.lineno - 1
-        raise DataError(
+        raise BrokenLine(
             f"{place}:{line}: broken JSON: {error.msg}, column {error.colno}"
         ) from error
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}:{line}: half of a surrogate pair; it is not text") from error
+        raise BrokenLine(f"{place}:{line}: half of a surrogate pair; it is not text") from error
     except RecursionError as error:
-        raise DataError(f"{place}:{line}: JSON nested too deep") from error
+        raise BrokenLine(f"{place}:{line}: JSON nested too deep") from error
     return value
 
 

@@ -21,6 +21,7 @@ from data.chat import (
     Unusable,
     encode_conversations,
     list_of_objects,
+    refuse_broken,
     row_batches,
     text_tokenizer,
 )
@@ -268,6 +269,7 @@ def _read_parts(
     index: int, row: Row, to_parts: Callable[[Row], Parts], forbidden: re.Pattern[str] | None
 ) -> Parts | Excluded:
     try:
+        refuse_broken(row)
         parts = to_parts(row)
         if forbidden and any(forbidden.search(text) for text, _ in parts):
             raise Unusable("control token in text")
@@ -283,6 +285,7 @@ def _encode_tokenised(rows: Sequence[Row], vocabulary_size: int) -> Iterator[Enc
     for first, batch in row_batches(rows, BATCH_ROWS):
         for index, row in enumerate(batch, first):
             try:
+                refuse_broken(row)
                 ids, supervised = from_tokenised(row, vocabulary_size)
                 yield Encoded(index, ids, supervised, 0, 0)
             except Unusable as reason:

@@ -55,7 +55,8 @@ class Task:
     @property
     def columns(self) -> list[str]:
         rows = self.source.rows
-        return getattr(rows, "column_names", None) or list(rows[0])
+        # A broken line has no columns.
+        return getattr(rows, "column_names", None) or next((list(row) for row in rows if row), [])
 
     @property
     def parts(self) -> int:
@@ -129,6 +130,7 @@ def tokens_key(
         "train_on": config.train_on,
         "expand_turns": config.expand_turns,
         "control_tokens": config.control_tokens,
+        "broken_lines": config.broken_lines,
         "seq_len": None if stream else config.seq_len,
         "overlong": None if stream else config.overlong,
         "transformers": transformers.__version__,

@@ -22,6 +22,8 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.files import (
     SUFFIXES,
+    BrokenLine,
+    BrokenRow,
     Row,
     check_file,
     lazy_rows,
@@ -77,7 +79,8 @@ def load_rows(config: DataConfig, split: str, *, cache_dir: str | Path) -> Sourc
     """
     _check_one_place(config)
     if config.path is not None:
-        return _file_source(config.path, split, Path(cache_dir))
+        keep_broken = config.broken_lines == "skip"
+        return _file_source(config.path, split, Path(cache_dir), keep_broken=keep_broken)
     if config.name is not None:
         return _hub_source(config, config.name, split, Path(cache_dir))
     return _embedded_source(split)
@@ -114,7 +117,13 @@ def stream_rows(
     for number, read in enumerate(rows):
         if number == wanted:
             wanted += every
-            yield read()
+            try:
+                row = read()
+            except BrokenLine:
+                if config.broken_lines == "error":
+                    raise
+                row = BrokenRow()
+            yield row
     if number < offset:
         raise DataError(
             f"{shown_url(name)}: {number + 1} rows for {every} readers; use fewer ranks or more rows"
@@ -165,7 +174,7 @@ def _embedded_source(split: str) -> Source:
 # ------------------------------------------------------------------------------------------- files
 
 
-def _file_source(path: str, split: str, cache_dir: Path) -> Source:
+def _file_source(path: str, split: str, cache_dir: Path, *, keep_broken: bool) -> Source:
     """Rows of local files, or of the local copy of remote ones."""
     digests: Mapping[str, str] = {}
     folder = Path(path)
@@ -184,17 +193,18 @@ def _file_source(path: str, split: str, cache_dir: Path) -> Source:
     for file, content in zip(paths, hashed, strict=True):
         digest.update(f"{file.name} {content}\n".encode())
     fingerprint = f"files/{digest.hexdigest()}"
-    return Source(
-        shown_url(path), None, fingerprint, partial(_load_files, paths, cache_dir, fingerprint)
-    )
+    load = partial(_load_files, paths, cache_dir, fingerprint, keep_broken=keep_broken)
+    return Source(shown_url(path), None, fingerprint, load)
 
 
-def _load_files(paths: list[Path], cache_dir: Path, fingerprint: str) -> Sequence[Row]:
+def _load_files(
+    paths: list[Path], cache_dir: Path, fingerprint: str, *, keep_broken: bool
+) -> Sequence[Row]:
     suffix = paths[0].suffix
     if suffix == ".arrow":
         return read_arrow(paths)
     if suffix != ".parquet":
-        return read_json(paths)
+        return read_json(paths, keep_broken=keep_broken)
     for file in paths:
         check_file(file, footer_only=True)
     return _load_with_datasets(

@@ -53,7 +53,7 @@ def stream_format(rows: Iterator[Row], config: DataConfig, *, name: str, world_s
             f"{name}: {len(first)} rows are fewer than {world_size} data-parallel ranks; "
             "give more rows, or start fewer ranks"
         )
-    return choose_format(list(first[0]), config.format, name=name)
+    return choose_format(list(next(filter(None, first), {})), config.format, name=name)
 
 
 class StreamedBatches:

@@ -298,7 +298,7 @@ def order_of_samples(
     """What decides which sample a cursor stands for: it means the same only while these are the same."""
     config = job.config
     if mixture is None:
-        options = ("train_on", "expand_turns", "control_tokens", "overlong")
+        options = ("train_on", "expand_turns", "control_tokens", "broken_lines", "overlong")
         data: dict[str, Any] = {
             **job.prepared["stream"],
             **tokenizer_key(tokenizer),

@@ -22,7 +22,7 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.ledger import Ledger
 from data.prepare import PART_ROWS, Task, new_task, prepare_tokens, write_parts
-from data.sources import Source, load_rows
+from data.sources import Source, load_rows, stream_rows
 from data.store import open_tokens
 
 CONFIG = DataConfig(seq_len=64, max_bad_rows_pct=100)
@@ -337,3 +337,34 @@ def test_one_row_can_give_several_examples(tokenizer, cache_dir: Path) -> None:
     assert (ledger.rows_read, ledger.rows_used, ledger.examples) == (3, 2, 3)
     assert ledger.overlong_dropped == 1
     assert ledger.tokens_read == ledger.tokens + ledger.tokens_dropped
+
+
+@pytest.mark.parametrize(
+    "broken", ['{"messages": [', "[1, 2]", '"text"', '{"a": "\\ud800"}', "\udcff"]
+)
+def test_broken_lines_stop_unless_they_are_to_be_skipped(
+    tokenizer, tmp_path: Path, broken: str
+) -> None:
+    file = tmp_path / "chat.jsonl"
+    # A file that begins with a bracket would be one array.
+    first = json.dumps(_row("one")) if broken.startswith("[") else broken
+    lines = [first, broken, "", broken, json.dumps(_row("two"))]
+    file.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    skip = replace(CONFIG, path=str(file), broken_lines="skip")
+    # Skipped first: what is left in the cache must not serve a run that wants an error.
+    source = load_rows(skip, "train", cache_dir=tmp_path)
+    folder = prepare_tokens(source, tokenizer, skip, cache_dir=tmp_path)
+    bad = [number for number, line in enumerate(lines[:2] + lines[3:]) if line == broken]
+    excluded = {"the line is not a JSON object": {"rows": len(bad), "first": bad}}
+    assert _ledger(folder).excluded == excluded
+    assert _ledger(folder).rows_used == 4 - len(bad)
+    error = replace(skip, broken_lines="error")
+    place = rf"chat.jsonl:{bad[0] + 1}: "
+    with pytest.raises(DataError, match=place):
+        prepare_tokens(
+            load_rows(error, "train", cache_dir=tmp_path), tokenizer, error, cache_dir=tmp_path
+        )
+    streamed = list(stream_rows(skip, "train", cache_dir=tmp_path))
+    assert [number for number, row in enumerate(streamed) if not row] == bad
+    with pytest.raises(DataError, match=place):
+        list(stream_rows(error, "train", cache_dir=tmp_path))
