@@ -56,14 +56,20 @@ def test_files_the_readme_links_to_exist() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_flags_the_readme_shows_exist() -> None:
+def test_flags_that_are_shown_exist() -> None:
     from scripts.command_line import build_parser
-    from scripts.config import TrainConfig
+    from scripts.inspect_data import InspectConfig
+    from scripts.prefetch import PrefetchConfig
+    from scripts.prepare_data import PrepareConfig
 
     known = {
         option
-        for action in build_parser(TrainConfig, "train.py")._actions
+        for config in (InspectConfig, PrefetchConfig, PrepareConfig)
+        for action in build_parser(config, "script")._actions
         for option in action.option_strings
     }
-    shown = set(re.findall(r"(?<![\w-])--[a-z_]+(?:\.[a-z_]+)?", README)) - {"--nproc_per_node"}
-    assert shown - known == set()
+    other = {"--nproc_per_node", "--array"}
+    for page in ("README", "docs/data", "docs/cache", "docs/prepare", "docs/streaming"):
+        text = (ROOT / f"{page}.md").read_text(encoding="utf-8")
+        shown = set(re.findall(r"(?<![\w-])--[a-z_]+(?:\.[a-z_]+)*", text))
+        assert shown - known - other == set(), page
