@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,9 @@ from models.attention import PACKED_ATTENTION
 from models.causal_lm import PackedCausalLM
 from models.config import ModelConfig
 from models.errors import ModelError
+
+FIRST_LOSS_MARGIN = 0.5
+"""Nats a token by which pretrained weights must beat a uniform guess on the first batch."""
 
 CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
@@ -179,3 +183,28 @@ def tie_head(model: PackedCausalLM) -> None:
     """Make the head's weight the embedding's parameter again where the configuration ties them."""
     if model.hf.config.tie_word_embeddings:
         model.head.weight = cast(nn.Parameter, model.hf.get_input_embeddings().weight)
+
+
+def check_first_loss(loss: float, *, vocab_size: int) -> None:
+    """Refuse pretrained weights that know no more of the first batch than a guess among all tokens.
+
+    A uniform guess costs ln(V) a token, and random weights at least that: the spread of their logits
+    only adds to it. Whatever a trained model has learned takes it far below, in any language: rare
+    scripts and random characters still leave a Qwen (ln V = 11.9) several nats under its guess. Half
+    a nat tells the two apart and leaves room for the noise of a small batch.
+
+    Args:
+        loss: mean over the valid tokens of the first global batch, before any step.
+        vocab_size: V, the model's embedding rows.
+
+    Raises:
+        ModelError: the loss is not below ln(V) - 0.5, or is not a number.
+    """
+    guess = math.log(vocab_size)
+    if not loss < guess - FIRST_LOSS_MARGIN:
+        raise ModelError(
+            f"the loss of the first batch is {loss:.2f} and guessing among {vocab_size} tokens costs "
+            f"{guess:.2f}: these weights know nothing of this data, so they, the tokenizer or the chat "
+            "template are not the model's own; mend that, or train all the same with "
+            "--model.check_first_loss false"
+        )

@@ -22,11 +22,20 @@ class ModelConfig:
     tokenizer: str | None = None
     """Local folder or hub model to take the tokenizer from; default: the model's own."""
 
+    chat_template: str = "native"
+    """native: the tokenizer's own; chatml: a plain ChatML, for models without one; or the path of a .jinja file."""
+
     add_special_tokens: tuple[str, ...] = ()
     """Special tokens the tokenizer is given where it lacks them, as a list; they get trained embedding rows."""
 
     init: Literal["pretrained", "random"] = "pretrained"
     """pretrained loads the safetensors; random initialises the weights from the configuration and the seed."""
+
+    verify_hash: bool = False
+    """Compare the SHA-256 of every file of a hub model with what the hub listed, before it is loaded."""
+
+    check_first_loss: bool = True
+    """Stop before the first step when pretrained weights do no better on the first batch than guessing; random weights are never checked."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
     """Changes to the model's config.json, for example {"num_hidden_layers": 2}; only with random weights."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +21,11 @@ from models.errors import ModelError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+# What a parameter may be stored as, by its name in safetensors and in torch. All others are quantised.
+_FLOAT_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Computed from config.json today; old exports still hold it.
+_COMPUTED = r"(^|\.)rotary_emb\.inv_freq$"
+
 
 @dataclass
 class LoadReport:
@@ -26,15 +33,28 @@ class LoadReport:
 
     loaded: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
+    """Tensors of the model that are another one; the checkpoint may hold an equal copy."""
     grown: list[str] = field(default_factory=list)
+    """Loaded, with new rows set to the mean of the stored ones."""
+    unused: list[str] = field(default_factory=list)
+    """In the checkpoint, and left there on purpose."""
+    dtypes: dict[str, int] = field(default_factory=dict)
+    """How many of the loaded and grown tensors the checkpoint holds in which floating-point type."""
+    files: int = 0
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded"]
+        parts = [f"{len(self.loaded) + len(self.grown)} tensors loaded ({', '.join(self.dtypes)})"]
         if self.tied:
             parts.append(f"{', '.join(self.tied)} tied")
         if self.grown:
             parts.append(f"new rows of {', '.join(self.grown)} set to the mean")
+        if self.unused:
+            parts.append(f"{len(self.unused)} unused on purpose")
         return "; ".join(parts)
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON can hold it: how many were plainly loaded, and the names of all others."""
+        return {**asdict(self), "loaded": len(self.loaded)}
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -76,52 +96,104 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 def load_weights(model: PackedCausalLM, folder: Path) -> LoadReport:
     """Copy a checkpoint into a materialised model; each rank reads only the rows it keeps.
 
+    Nothing is copied before every tensor of the checkpoint and of the model is accounted for.
+
     Args:
         model: sharded by `fully_shard` (or not sharded at all), fp32 parameters.
         folder: a Hugging Face model folder with safetensors of any floating-point type.
 
     Raises:
-        ModelError: a tensor is missing, left over, of another shape, or a file is damaged.
+        ModelError: tensors are missing, left over, quantised or of another shape (all are listed), a
+            stored head is not the embedding it is tied to, or a file is damaged.
     """
     files = tensor_files(folder)
+    stored = _open_tensors(files)
     parameters = dict(model.hf.named_parameters())  # a tied head appears once, as the embedding
-    tied = set(model.hf.state_dict().keys()) - set(parameters) - set(dict(model.hf.named_buffers()))
-    vocabulary = {
-        name for name in parameters if name.rsplit(".", 2)[-2] in ("embed_tokens", "lm_head")
+    ties: dict[str, str] = {
+        name: source
+        for name, source in dict(model.hf._tied_weights_keys or {}).items()
+        if name not in parameters
     }
-    missing = sorted(set(parameters) - set(files))
-    unexpected = sorted(set(files) - set(parameters) - tied)
-    if missing or unexpected:
-        raise ModelError(
-            f"the tensors in {folder} are not the model's: missing {_shown(missing)}; unexpected {_shown(unexpected)}"
+    ignored = [_COMPUTED, *(model.hf._keys_to_ignore_on_load_unexpected or ())]
+    rest = sorted(set(files) - set(parameters) - set(ties))
+    report = LoadReport(
+        tied=sorted(ties),
+        unused=[name for name in rest if any(re.search(pattern, name) for pattern in ignored)],
+        files=len(set(files.values())),
+    )
+    quantised, reshaped = [], []
+    for name in sorted(set(parameters) & set(stored)):
+        parameter, shape, kind = (
+            parameters[name],
+            stored[name].get_shape(),
+            stored[name].get_dtype(),
         )
-    report = LoadReport(tied=sorted(tied & set(files) or tied))
-    wrong: list[str] = []
-    handles = {path: _open(path) for path in sorted(set(files.values()))}
-    for name, parameter in parameters.items():
-        try:
-            stored = handles[files[name]].get_slice(name)
-        except SafetensorError as error:
-            raise ModelError(
-                f"{files[name]} does not fit {INDEX_FILE} ({error}); download the model again"
-            ) from None
-        shape = tuple(stored.get_shape())
-        grows = (
-            name in vocabulary
+        if kind not in _FLOAT_TYPES:
+            quantised.append(f"{name} is {kind}")
+        elif shape == list(parameter.shape):
+            report.loaded.append(name)
+        elif (
+            _may_grow(name)
             and shape[0] < parameter.shape[0]
-            and shape[1:] == tuple(parameter.shape[1:])
-        )
-        if shape != tuple(parameter.shape) and not grows:
-            wrong.append(f"{name} is {list(shape)}, the model has {list(parameter.shape)}")
-            continue
+            and shape[1:] == list(parameter.shape[1:])
+        ):
+            report.grown.append(name)
+        else:
+            reshaped.append(f"{name} is {shape}, the model has {list(parameter.shape)}")
+    faults = {
+        "missing": sorted(set(parameters) - set(stored)),
+        "unexpected": sorted(set(rest) - set(report.unused)),
+        "tensors of another shape:": reshaped,
+        "quantised, which cannot be trained:": quantised,
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{what} {_shown(names)}" for what, names in faults.items() if names)
+        raise ModelError(f"the tensors in {folder} are not the model's: {listed}")
+    for name in (*report.loaded, *report.grown):
+        kind = _FLOAT_TYPES[stored[name].get_dtype()]
+        report.dtypes[kind] = report.dtypes.get(kind, 0) + 1
         try:
-            _copy_local(parameter, stored, rows=shape[0])
+            _copy_local(parameters[name], stored[name], rows=stored[name].get_shape()[0])
         except SafetensorError as error:
             raise ModelError(f"{files[name]} is damaged ({error}); download it again") from None
-        (report.grown if grows else report.loaded).append(name)
-    if wrong:
-        raise ModelError(f"{folder} has tensors of another shape: {_shown(wrong)}")
+    for name, source in ties.items():
+        if name in stored and not _equal(stored[name], stored[source]):
+            raise ModelError(
+                f"{files[name]}: {name} is not {source}, though config.json ties them; set "
+                "tie_word_embeddings to false in it, or download the model again"
+            )
     return report
+
+
+def _open_tensors(files: dict[str, Path]) -> dict[str, Any]:
+    """Each tensor as a slice that is read on demand; every file holds exactly the tensors that `files` says."""
+    stored = {}
+    for path in sorted(set(files.values())):
+        file = _open(path)
+        named, held = {name for name in files if files[name] == path}, set(file.keys())
+        if named != held:
+            raise ModelError(
+                f"{path} does not fit {INDEX_FILE} ({_shown(sorted(named ^ held))} only in one of "
+                "them); download the model again"
+            )
+        stored |= {name: file.get_slice(name) for name in held}
+    return stored
+
+
+def _may_grow(name: str) -> bool:
+    """Whether it has a row for each token."""
+    return name.rsplit(".", 2)[-2] in ("embed_tokens", "lm_head")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two stored tensors hold the same; streamed, for neither need fit into memory."""
+    if one.get_shape() != other.get_shape():
+        return False
+    rows = one.get_shape()[0]
+    return all(
+        torch.equal(one[start : start + 4096].float(), other[start : start + 4096].float())
+        for start in range(0, rows, 4096)
+    )
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from data.sources import Row, hub_commit, load_rows, shown_url, stream_rows
 from data.store import open_packed, open_tokens, prepare_packs
 from data.streaming import stream_format
 from models.build import check_fits, read_model_config
-from models.hub import fetch_model
+from models.errors import ModelError
+from models.hub import check_snapshot, fetch_model
 from models.tokenizer import load_tokenizer
 from scripts.config import TrainConfig
 
@@ -68,14 +69,26 @@ def prepare_model(
 ) -> dict[str, Any]:
     """The model's and the tokenizer's part of `prepare`."""
     chosen, model_folder, model_commit = config.model, None, None
+    if chosen.verify_hash and chosen.name is None:
+        raise ModelError(
+            "model.verify_hash compares with what the hub listed, and for a local folder or the "
+            "built-in model there is no such list; use --model.name, or leave it out"
+        )
     if chosen.name is not None:
         say_fetching(chosen.name, cache_dir)
+        without_weights = (only_tokenizer or chosen.init == "random") and chosen.tokenizer is None
         fetched = fetch_model(
             chosen.name,
             revision=chosen.revision,
             cache_dir=cache_dir,
-            only_tokenizer=(only_tokenizer or chosen.init == "random") and chosen.tokenizer is None,
+            only_tokenizer=without_weights,
         )
+        if chosen.verify_hash and (
+            faults := check_snapshot(
+                chosen.name, "model", fetched.commit, cache_dir, only_tokenizer=without_weights
+            )
+        ):
+            raise ModelError("; ".join(faults))
         model_folder, model_commit = fetched.path, fetched.commit
     elif chosen.path is not None:
         model_folder = Path(chosen.path).absolute()
@@ -220,7 +233,10 @@ def uses_embedded_data(config: TrainConfig) -> bool:
 
 def read_tokenizer(config: TrainConfig, cache_dir: Path, folder: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(
-        Path(folder), cache_dir=cache_dir, add_special_tokens=config.model.add_special_tokens
+        Path(folder),
+        cache_dir=cache_dir,
+        add_special_tokens=config.model.add_special_tokens,
+        chat_template=config.model.chat_template,
     )
 
 

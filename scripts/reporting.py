@@ -141,7 +141,9 @@ def footer(job: Job, before: dict[str, float], after: dict[str, float], *, mfu_p
     return "\n".join(lines)
 
 
-def write_run_files(job: Job, mesh: DeviceMesh, mixture: Mixture | None) -> str | None:
+def write_run_files(
+    job: Job, mesh: DeviceMesh, weights: LoadReport | None, mixture: Mixture | None
+) -> str | None:
     """Write config.yaml and run.json; returns the error line if that fails."""
     run: dict[str, Any] = {
         "versions": {
@@ -155,6 +157,7 @@ def write_run_files(job: Job, mesh: DeviceMesh, mixture: Mixture | None) -> str 
             "name": job.config.model.name or job.config.model.path or "built-in",
             "revision": job.config.model.revision,
             "commit": job.prepared["model_commit"],
+            "weights": weights.summary() if weights else "random",
         },
         "data": {"sources": _sources_of_run(job, mixture)},
         "world_size": job.ranks.world_size,

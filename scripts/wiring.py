@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from data.mixture import Mixture, mix
 from data.prepare import tokenizer_key
 from data.store import open_packed, pack_store
 from data.streaming import StreamedBatches
-from models.build import build_model, decoder_layer_classes, materialise, read_model_config
+from models.build import (
+    build_model,
+    check_first_loss,
+    decoder_layer_classes,
+    materialise,
+    read_model_config,
+)
 from models.causal_lm import PackedCausalLM
 from models.export import export_model
 from models.flops import training_flops
@@ -139,7 +146,17 @@ def _run(job: Job) -> int:
     say(reporting.header(job, model, weights, mixture, steps, progress))
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
-    raise_together(reporting.write_run_files(job, mesh, mixture) if ranks.is_first else None)
+    raise_together(
+        reporting.write_run_files(job, mesh, weights, mixture) if ranks.is_first else None
+    )
+    micro_batches = iter(batches)
+    if progress.step == 0 and weights is not None and config.model.check_first_loss:
+        # The first step's own batches, tried without a gradient, then put back.
+        first = list(islice(micro_batches, job.grad_accum_steps))
+        loss = evaluate_loss(model, first, loss_fn=causal_lm_loss, device=device)
+        check_first_loss(loss, vocab_size=model.hf.config.vocab_size)
+        say(f"first loss {loss:.2f}; a guess costs {math.log(model.hf.config.vocab_size):.2f}")
+        micro_batches = chain(first, micro_batches)
 
     before: dict[str, float] = {}
     after: dict[str, float] = {}
@@ -162,7 +179,7 @@ def _run(job: Job) -> int:
         finished = train(
             model,
             optimizer,
-            batches,
+            micro_batches,
             loss_fn=causal_lm_loss,
             learning_rate=partial(
                 learning_rate_at,

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from data.embedded import build_tokenizer
 from models.build import (
     build_model,
+    check_first_loss,
     check_fits,
     decoder_layer_classes,
     grow_vocabulary,
@@ -21,7 +22,7 @@ from models.build import (
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.weights import load_weights
-from tests.support.models import save_checkpoint, tiny_config
+from tests.support.models import VOCABULARY, save_checkpoint, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,20 @@ def test_the_decoder_layers_are_found() -> None:
         model = build_model(tiny_config(kind), attention="packed", seed=None)
         (layer,) = decoder_layer_classes(model)
         assert layer is type(model.hf.base_model.layers[0])
+
+
+def test_the_first_loss_of_weights_that_know_nothing() -> None:
+    """Random weights cost the guess or more, in any width; a trained Qwen is far below it."""
+    ids = torch.randint(0, VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(0))
+    for spread in (0.02, 0.2):
+        model = build_model(tiny_config(initializer_range=spread), attention="sdpa", seed=0)
+        with torch.no_grad():
+            loss = float(model.hf(input_ids=ids, labels=ids).loss)
+        with pytest.raises(ModelError, match=r"--model.check_first_loss false") as error:
+            check_first_loss(loss, vocab_size=VOCABULARY)
+        assert f"{loss:.2f}" in str(error.value) and "costs 4.57" in str(error.value)
+    check_first_loss(8.0, vocab_size=151936)  # rare scripts, random characters
+    check_first_loss(11.4, vocab_size=151936)
+    for loss in (11.5, 11.93, float("inf"), float("nan")):
+        with pytest.raises(ModelError):
+            check_first_loss(loss, vocab_size=151936)

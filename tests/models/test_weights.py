@@ -75,6 +75,100 @@ def test_tensors_of_another_shape_are_listed(tmp_path: Path) -> None:
     _refused(tmp_path, f"{name} is [3, 32], the model has [56, 32]", "[98, 32]", "[97, 32]")
 
 
+def test_every_fault_is_told_and_nothing_is_copied(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors["model.norm.weight"]
+        tensors["visual.patch.weight"] = torch.zeros(2)
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 32)
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(56, 32, dtype=torch.int8)
+
+    _rewrite(tmp_path, change)
+    _refused(
+        tmp_path,
+        "not the model's: missing model.norm.weight; unexpected visual.patch.weight; "
+        "tensors of another shape: model.layers.0.mlp.up_proj.weight is [3, 32], the model has [56, 32]; "
+        "quantised, which cannot be trained: model.layers.1.mlp.up_proj.weight is I8",
+    )
+    model = _empty()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    with pytest.raises(ModelError):
+        load_weights(model, tmp_path)
+    assert all(bool((parameter == 7.0).all()) for parameter in model.parameters())
+
+
+def test_the_report_accounts_for_every_tensor(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, dtype=torch.bfloat16)
+    rotary = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in (0, 1)]
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors.update({name: torch.zeros(4) for name in rotary})
+
+    _rewrite(tmp_path, change)
+    report = load_weights(_empty(vocab_size=128), tmp_path)
+    stored = load_file(tmp_path / SINGLE_FILE)
+    accounted = report.loaded + report.tied + report.grown + report.unused
+    assert sorted(accounted) == sorted(stored)
+    count = len(stored) - 3
+    summary = report.summary()
+    assert (
+        summary
+        == json.loads(json.dumps(summary))
+        == {
+            "loaded": count - 1,
+            "tied": ["lm_head.weight"],
+            "grown": ["model.embed_tokens.weight"],
+            "unused": rotary,
+            "dtypes": {"bfloat16": count - 1, "float32": 1},
+            "files": 1,
+        }
+    )
+    assert str(report).startswith(
+        f"{count} tensors loaded (bfloat16, float32); lm_head.weight tied; "
+    )
+    assert str(report).endswith("; 2 unused on purpose")
+
+
+def test_what_a_model_s_own_code_leaves_out_is_unused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    _rewrite(tmp_path, lambda tensors: tensors.update({"mtp.norm.weight": torch.zeros(2)}))
+    _refused(tmp_path, "unexpected mtp.norm.weight")
+    model = _empty()
+    model.hf._keys_to_ignore_on_load_unexpected = [r"^mtp.*"]  # as Qwen3-Next's class has it
+    assert load_weights(model, tmp_path).unused == ["mtp.norm.weight"]
+
+
+def test_a_stored_head_must_be_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    _rewrite(tmp_path, change)
+    _refused(tmp_path, "lm_head.weight is not model.embed_tokens.weight", "tie_word_embeddings")
+
+
+def test_a_file_with_more_than_its_header_says_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    with (tmp_path / SINGLE_FILE).open("ab") as file:
+        file.write(b"\0" * 64)
+    _refused(tmp_path, SINGLE_FILE, "download it again")
+
+
+def test_a_tensor_that_the_index_does_not_know_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, shard_size="20KB")
+    (shard, *_) = sorted(tmp_path.glob("model-*.safetensors"))
+    tensors = {**load_file(shard), "model.extra.weight": torch.zeros(2)}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    _refused(tmp_path, shard.name, "model.extra.weight", "download the model again")
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path)
     file = tmp_path / SINGLE_FILE

@@ -123,7 +123,7 @@ def _file_as_output(inputs: Inputs) -> list[str]:
 
 _MISTAKES: list[tuple[Callable[[Inputs], list[str]], str]] = [
     (_unknown_model_type, "model_type 'llama'; this trainer knows qwen2, qwen3"),
-    (_wider_model, "tensors of another shape"),
+    (_wider_model, "tensors of another shape: "),
     (_deeper_model, "missing model.layers.2."),
     (_truncated_weights, "model.safetensors cannot be read as safetensors"),
     (_no_weights, "holds no model.safetensors"),

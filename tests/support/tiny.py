@@ -20,11 +20,13 @@ def write_model(
     *,
     tied: bool = True,
     seed: int = 0,
+    trained: bool = True,
     **changes: Any,
 ) -> Path:
-    """Save a random 2-layer model of width 64 with the embedded tokenizer; returns `folder`.
+    """Save a 2-layer model of width 64 with the embedded tokenizer; returns `folder`.
 
-    `changes` go into the model's configuration.
+    `changes` go into the model's configuration. Unless `trained` is false it has seen some of the
+    embedded chat data: a run refuses pretrained weights that know nothing.
     """
     values: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -39,8 +41,21 @@ def write_model(
     }
     config = Qwen3Config(head_dim=16, **values) if family == "qwen3" else Qwen2Config(**values)
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    build_tokenizer(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tokenizer = build_tokenizer(folder)
+    if trained:
+        text = [
+            token
+            for row in generate_conversations("train", count=40, seed=seed)
+            for token in tokenizer.apply_chat_template(row["messages"], return_dict=False)
+        ]
+        ids = torch.tensor(text[: 8 * 128]).view(8, 128)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(10):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(folder)
     return folder
 
 
