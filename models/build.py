@@ -174,9 +174,10 @@ def materialise(model: PackedCausalLM, device: torch.device) -> None:
 
 
 def decoder_layer_classes(model: PackedCausalLM) -> tuple[type[nn.Module], ...]:
-    """The classes transformers names as the units of its layers, for wrap policies."""
+    """The classes transformers names as the units of its layers, also of a sharded model, where FSDP derives from them."""
     names = set(model.hf._no_split_modules or ())
-    return tuple({type(m): None for m in model.modules() if type(m).__name__ in names})
+    classes = (c for module in model.modules() for c in type(module).__mro__)
+    return tuple({c: None for c in classes if c.__name__ in names})
 
 
 def tie_head(model: PackedCausalLM) -> None:

@@ -115,7 +115,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "deepspeed": "is not used: FSDP2 shards the model, see the --parallel flags",
     "ddp_backend": "follows --device here: nccl on CUDA, gloo on CPU",
     "local_rank": "comes from torchrun",
-    "optim": "is always AdamW here: see the --optimizer flags",
+    "optim": "is --optimizer.name here: adamw or muon",
     "do_train": "needs no flag: train.py always trains",
     "do_eval": "is --evaluation.split here",
     "eval_strategy": "is a number of steps here: set --evaluation.every",
@@ -155,6 +155,8 @@ _AT_LEAST: dict[str, float] = {
     "parallel.min_wrap_params": 1,
     "optimizer.learning_rate": 0,
     "optimizer.weight_decay": 0,
+    "optimizer.embedding_lr_ratio": 0,
+    "optimizer.head_lr_ratio": 0,
     "optimizer.max_grad_norm": 0,
     "optimizer.max_skipped_steps": 0,
     "schedule.warmup_steps": 0,
@@ -416,6 +418,10 @@ def validate(config: TrainConfig) -> None:
     require(
         all(0 <= beta < 1 for beta in config.optimizer.betas),
         f"--optimizer.betas must be in [0, 1), got {_shown(config.optimizer.betas)}",
+    )
+    require(
+        0 <= config.optimizer.muon_momentum < 1,
+        f"--optimizer.muon_momentum must be in [0, 1), got {config.optimizer.muon_momentum}",
     )
     require(
         0 <= config.schedule.min_ratio <= 1,

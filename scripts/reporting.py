@@ -52,7 +52,11 @@ def header(
     config, world_size = job.config, job.ranks.world_size
     parameters = sum(p.numel() for p in model.parameters())
     seq_len = config.data.seq_len
-    precision = precision_table(config.parallel, export_dtype=config.model.dtype)
+    precision = precision_table(
+        config.parallel,
+        state_dtype=config.optimizer.state_dtype,
+        export_dtype=config.model.dtype,
+    )
     rows = {
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
         f"{human(parameters)} parameters, {weights or 'random weights'}",
@@ -66,7 +70,9 @@ def header(
         + (f", {steps * job.global_batch_size / len(mixture):.1f} epochs" if mixture else ""),
         "ranks": f"{world_size} on {device_name(job.device)}" + (" each" if world_size > 1 else ""),
         "precision": ", ".join(
-            f"{what} {how}" for what, how in precision.items() if what != "optimizer state"
+            f"{what} {how}"
+            for what, how in precision.items()
+            if (what, how) != ("optimizer state", "float32")
         ),
         "output": str(job.output_dir),
     }
@@ -163,7 +169,11 @@ def write_run_files(
         "world_size": job.ranks.world_size,
         "device": device_name(job.device),
         "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
-        "precision": precision_table(job.config.parallel, export_dtype=job.config.model.dtype),
+        "precision": precision_table(
+            job.config.parallel,
+            state_dtype=job.config.optimizer.state_dtype,
+            export_dtype=job.config.model.dtype,
+        ),
         "global_batch_size": job.global_batch_size,
         "grad_accum_steps": job.grad_accum_steps,
         "seed": job.config.seed,

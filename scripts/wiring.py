@@ -126,7 +126,13 @@ def _run(job: Job) -> int:
     mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
     torch.manual_seed(config.seed + ranks.rank)  # what a model draws while training differs by rank
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        layer_classes=decoder_layer_classes(model),
+        embedding=model.hf.get_input_embeddings().weight,
+        head=model.head.weight,
+    )
     checkpointer = Checkpointer(job.output_dir / "checkpoints", model, optimizer, config.checkpoint)
     order = order_of_samples(job, mixture, tokenizer)
     progress, states = resume(job, checkpointer, order)

@@ -40,7 +40,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (https://arxiv.org/abs/1711.05101) and gradient clipping."""
+    """AdamW (https://arxiv.org/abs/1711.05101) or Muon, and gradient clipping."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon updates the matrices of the decoder layers by orthogonalised momentum, and the rest by AdamW."""
 
     learning_rate: float = 1e-5
     """Peak learning rate."""
@@ -53,6 +56,21 @@ class OptimizerConfig:
 
     eps: float = 1e-8
     """Added to the denominator."""
+
+    muon_momentum: float = 0.95
+    """Decay rate of the running average of the gradient that Muon orthogonalises, with Nesterov momentum."""
+
+    muon_lr_adjustment: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Factor on Muon's rate: 0.2 sqrt(max(rows, columns)), for rates known from AdamW; original sqrt(max(1, rows / columns))."""
+
+    embedding_lr_ratio: float = 1.0
+    """The embedding's learning rate as a multiple of learning_rate; also of the head it is tied to."""
+
+    head_lr_ratio: float = 1.0
+    """The learning rate of a head that is not tied to the embedding, as a multiple of learning_rate."""
+
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which running averages are kept between steps; bfloat16 halves them and rounds stochastically."""
 
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this value; 0 does not clip."""

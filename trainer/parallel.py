@@ -214,11 +214,13 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
         model.set_is_last_backward(last)
 
 
-def precision_table(config: ParallelConfig, *, export_dtype: str) -> dict[str, str]:
+def precision_table(
+    config: ParallelConfig, *, state_dtype: str, export_dtype: str
+) -> dict[str, str]:
     """The precision contract of a run, for people and for run.json."""
     return {
         "masters": "float32",
-        "optimizer state": "float32",
+        "optimizer state": state_dtype,
         "compute and all-gather": config.param_dtype,
         "reduction": config.reduce_dtype,
         "export": export_dtype,

@@ -1,20 +1,35 @@
-"""Schedules at their borders, weight decay, and clipping on one rank and on several."""
+"""Schedules at their borders, groups, AdamW and Muon in either state type, and clipping on one rank and on several."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from tests.support.models import full, tiny_model
+from models.build import decoder_layer_classes
+from tests.support.models import full, packed_batch, random_documents, tiny_model
 from tests.support.ranks import run_ranks
-from trainer.config import OptimizerConfig, ScheduleConfig
-from trainer.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
+from trainer.checkpoint import Checkpointer
+from trainer.config import CheckpointConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from trainer.errors import TrainError
+from trainer.loss import causal_lm_loss
+from trainer.optimizer import (
+    STATE_DTYPES,
+    build_optimizer,
+    clip_gradients,
+    learning_rate_at,
+    set_learning_rate,
+    stochastic_bfloat16,
+)
+from trainer.parallel import build_mesh, parallelise
 
 PEAK = 2.0
 
@@ -124,3 +139,293 @@ def test_no_clipping_below_the_limit_at_zero_or_when_not_finite() -> None:
         assert math.isfinite(norm) == math.isfinite(scale)
         for ours, untouched in zip(model.parameters(), same.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, untouched.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def _build(model: Any, config: OptimizerConfig) -> torch.optim.Optimizer:
+    return build_optimizer(
+        model,
+        config,
+        layer_classes=decoder_layer_classes(model),
+        embedding=model.hf.get_input_embeddings().weight,
+        head=model.head.weight,
+    )
+
+
+def _groups(model: Any, **config: Any) -> dict[str, tuple[bool, float, float]]:
+    """By name of a trained parameter: updated by Muon?, its decay, its rate at a rate of 2."""
+    optimizer = _build(model, OptimizerConfig(weight_decay=0.5, **config))
+    set_learning_rate(optimizer, 2.0)
+    of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(of) == set(names.values())
+    return {n: (of[p]["muon"], of[p]["weight_decay"], of[p]["lr"]) for n, p in names.items()}
+
+
+def test_every_parameter_has_its_algorithm_decay_and_rate() -> None:
+    ratios = {"embedding_lr_ratio": 0.25, "head_lr_ratio": 3.0}
+    for name, tied in itertools.product(("muon", "adamw"), (True, False)):
+        found = _groups(tiny_model("qwen2", tied=tied), name=name, **ratios)
+        assert ("hf.lm_head.weight" in found) != tied
+        for parameter, group in found.items():
+            if "embed_tokens" in parameter:
+                assert group == (False, 0.5, 0.5), parameter
+            elif "lm_head" in parameter:
+                assert group == (False, 0.5, 6.0), parameter
+            elif "norm" in parameter or parameter.endswith("bias"):
+                assert group == (False, 0.0, 2.0), parameter
+            else:
+                assert "layers." in parameter and group == (name == "muon", 0.5, 2.0), parameter
+
+
+def test_muon_leaves_what_is_no_matrix_and_what_is_no_layer() -> None:
+    model = tiny_model()
+    layer = model.hf.base_model.layers[0]
+    layer.experts = nn.Parameter(torch.zeros(2, 3, 4))
+    model.outside = nn.Parameter(torch.zeros(3, 4))
+    found = _groups(model, name="muon")
+    assert not found["hf.model.layers.0.experts"][0] and not found["outside"][0]
+    layers = model.hf.base_model.layers
+    for parameter in layers.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(TrainError, match=r"optimizer.name muon .* none is trained; use adamw"):
+        _build(model, OptimizerConfig(name="muon"))
+
+
+RATES = [1e-4, 2e-4, 2e-4, 1e-4, 5e-5]
+
+
+def _rows() -> list[list[torch.Tensor]]:
+    """Eight packed rows."""
+    lengths = [[24], [1], [2, 1], [12, 12], [1, 1, 1], [5], [3, 20], [2]]
+    return [random_documents(row, seed=seed) for seed, row in enumerate(lengths)]
+
+
+class _Run:
+    """A tiny model with biases and its own head in training, over all ranks where it is sharded."""
+
+    def __init__(self, config: OptimizerConfig, *, dp_replicate: int | None = None) -> None:
+        self.model: Any = tiny_model("qwen2", tied=False)
+        self.rank, self.ranks = 0, 1
+        if dp_replicate is not None:
+            self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+            parallel = ParallelConfig(param_dtype="float32", dp_replicate=dp_replicate)
+            parallelise(
+                self.model,
+                parallel,
+                build_mesh(parallel, world_size=self.ranks, device_type="cpu"),
+                layer_classes=decoder_layer_classes(self.model),
+                root_parameters=[self.model.head.weight],
+            )
+        self.optimizer = _build(self.model, config)
+
+    def step(self, rate: float) -> float:
+        """Loss per token before the step."""
+        rows = _rows()
+        valid = sum(len(document) - 1 for row in rows for document in row)
+        per_rank = len(rows) // self.ranks
+        batch = packed_batch(rows[self.rank * per_rank : (self.rank + 1) * per_rank], 24)
+        loss_sum, _ = causal_lm_loss(self.model, batch)
+        (loss_sum * (self.ranks / valid)).backward()
+        loss = loss_sum.detach()
+        if self.ranks > 1:
+            dist.all_reduce(loss)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss) / valid
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Whole parameters and state, in a fixed order."""
+        state = self.optimizer.state
+        values = [state[p][n] for p in self.model.parameters() for n in sorted(state[p])]
+        return [full(t) for t in (*self.model.parameters(), *values)]
+
+
+def _trained(config: OptimizerConfig, dp_replicate: int) -> dict[str, Any]:
+    run = _Run(config, dp_replicate=dp_replicate)
+    losses = [run.step(rate) for rate in RATES]
+    parameters = list(run.model.parameters())
+    return {
+        "losses": losses,
+        "parameters": [full(p) for p in parameters],
+        "shards": [p.to_local().detach() for p in parameters],
+        "dtypes": {
+            value.dtype
+            for p in parameters
+            for name, value in run.optimizer.state[p].items()
+            if name != "step"
+        },
+    }
+
+
+def _many(cases: list[tuple[OptimizerConfig, int]]) -> list[dict[str, Any]]:
+    return [_trained(*case) for case in cases]
+
+
+def _torch_reference(config: OptimizerConfig) -> tuple[list[float], list[torch.Tensor]]:
+    """The same training by torch's own optimizers in one process: Muon for the layers' matrices, AdamW."""
+    run = _Run(config)
+    named = dict(run.model.named_parameters())
+    muon = [
+        p for n, p in named.items() if ".layers." in n and p.ndim == 2 and config.name == "muon"
+    ]
+    rest = [(n, p) for n, p in named.items() if not any(p is m for m in muon)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [
+                {"params": [p], "weight_decay": config.weight_decay if p.ndim == 2 else 0.0}
+                for _, p in rest
+            ],
+            betas=config.betas,
+            eps=config.eps,
+        )
+    ]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(
+                muon,
+                weight_decay=config.weight_decay,
+                momentum=config.muon_momentum,
+                adjust_lr_fn=config.muon_lr_adjustment,
+            )
+        )
+    ratios = {"embed_tokens": config.embedding_lr_ratio, "lm_head": config.head_lr_ratio}
+    names = [n for n, _ in rest]
+
+    class Both:
+        param_groups = optimizers[0].param_groups
+
+        def step(self) -> None:
+            rate = self.param_groups[-1]["lr"]
+            for name, group in zip(names, self.param_groups, strict=True):
+                group["lr"] = rate * next((r for k, r in ratios.items() if k in name), 1.0)
+            for group in optimizers[-1].param_groups if muon else ():
+                group["lr"] = rate
+            for optimizer in optimizers:
+                optimizer.step()
+
+        def zero_grad(self) -> None:
+            run.model.zero_grad()
+
+    run.optimizer = Both()  # type: ignore[assignment]
+    losses = [run.step(rate) for rate in RATES]
+    return losses, [p.detach() for p in run.model.parameters()]
+
+
+MUON = OptimizerConfig(
+    name="muon", weight_decay=0.1, embedding_lr_ratio=0.5, head_lr_ratio=2.0, betas=(0.9, 0.99)
+)
+
+
+@pytest.mark.distributed
+def test_muon_and_adamw_over_shards_are_torchs_own_in_one_process() -> None:
+    configs = [
+        MUON,
+        replace(MUON, muon_lr_adjustment="original", muon_momentum=0.5),
+        replace(MUON, name="adamw"),
+    ]
+    begin = [p.detach() for p in tiny_model("qwen2", tied=False).parameters()]
+    expected = [_torch_reference(config) for config in configs]
+    assert abs(expected[0][0][-1] - expected[2][0][-1]) > 1e-3  # Muon is not AdamW
+    layouts = {1: [1], 2: [1, 2], 4: [1, 2]}  # world size: dp_replicate
+    for world_size, replicas in layouts.items():
+        cases = [(config, n) for config in configs for n in replicas]
+        wanted = [reference for reference in expected for _ in replicas]
+        for results in run_ranks(_many, world_size, cases):
+            for case, result, (losses, parameters) in zip(cases, results, wanted, strict=True):
+                assert result["losses"] == pytest.approx(losses, abs=1e-5), (world_size, case)
+                for ours, theirs, first in zip(
+                    result["parameters"], parameters, begin, strict=True
+                ):
+                    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+                    # A wrong update would be off by as much as the parameter has moved.
+                    assert (ours - theirs).norm() < 0.02 * (theirs - first).norm(), (
+                        world_size,
+                        case,
+                    )
+
+
+@pytest.mark.distributed
+def test_bf16_state_stays_close_and_replicas_stay_equal() -> None:
+    exact = [replace(MUON, name=name) for name in ("muon", "adamw")]
+    cases = [(replace(config, state_dtype=d), 2) for config in exact for d in STATE_DTYPES]
+    results = run_ranks(_many, 4, cases)
+    for index, (config, _) in enumerate(cases):
+        assert {r[index]["dtypes"] == {STATE_DTYPES[config.state_dtype]} for r in results} == {True}
+        for one, other in ((0, 2), (1, 3)):
+            shards = (results[rank][index]["shards"] for rank in (one, other))
+            assert all(torch.equal(a, b) for a, b in zip(*shards, strict=True)), config
+    for index, kept in ((0, 1), (2, 3)):
+        a, b = results[0][index], results[0][kept]
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-3) and a["losses"] != b["losses"]
+
+
+def _resumed(folder: Path, config: OptimizerConfig) -> tuple[bool, bool, bool]:
+    """Restored state equals the saved, the run that goes on equals the uninterrupted one, and flags win."""
+    run = _Run(config, dp_replicate=1)
+    for rate in RATES[:3]:
+        run.step(rate)
+    saved = run.tensors()
+    Checkpointer(folder, run.model, run.optimizer, CheckpointConfig()).save(3, {})
+    end = [run.step(rate) for rate in RATES[3:]]
+
+    torch.manual_seed(1234)  # nothing depends on it
+    changed = replace(config, weight_decay=0.7, head_lr_ratio=5.0)
+    for settings in (changed, config):
+        again = _Run(settings, dp_replicate=1)
+        checkpointer = Checkpointer(folder, again.model, again.optimizer, CheckpointConfig())
+        newest = checkpointer.newest()
+        assert newest is not None
+        checkpointer.restore(newest)
+        groups = again.optimizer.param_groups
+        assert {g["weight_decay"] for g in groups} == {0.0, settings.weight_decay}
+        assert max(g["lr_ratio"] for g in groups) == settings.head_lr_ratio
+        same = _equal(again.tensors(), saved)
+    ended = [again.step(rate) for rate in RATES[3:]] == end
+    return same, ended, _equal(again.tensors(), run.tensors())
+
+
+def _equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _resume_all(folder: Path, configs: list[OptimizerConfig]) -> list[Any]:
+    return [_resumed(folder / str(index), config) for index, config in enumerate(configs)]
+
+
+@pytest.mark.distributed
+def test_resuming_is_bit_exact_with_every_optimizer(tmp_path: Path) -> None:
+    configs = [
+        replace(MUON, name=name, state_dtype=dtype)
+        for name in ("muon", "adamw")
+        for dtype in STATE_DTYPES
+    ]
+    for results in run_ranks(_resume_all, 2, tmp_path, configs):
+        assert results == [(True, True, True)] * 4
+
+
+def test_rounding_to_bf16_is_unbiased_and_only_to_neighbours() -> None:
+    generator = torch.Generator().manual_seed(0)
+    last_bit = 2.0**-7  # of bf16 numbers from 1 to 2
+    for sign, share in itertools.product((1.0, -1.0), (0.25, 0.9)):
+        values = torch.full((40_000,), sign * (1 + share * last_bit))
+        rounded = stochastic_bfloat16(values, generator).float()
+        assert set(rounded.tolist()) == {sign, sign * (1 + last_bit)}
+        assert float((rounded.abs() > 1).float().mean()) == pytest.approx(share, abs=0.01)
+    exact = torch.randn(1000).bfloat16().float()
+    exact[0] = 0.0
+    assert torch.equal(stochastic_bfloat16(exact, generator).float(), exact)
+
+
+def test_a_slow_running_average_in_bf16_does_not_stop_moving() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(64, 64))
+    config = OptimizerConfig(betas=(0.9, 0.999), state_dtype="bfloat16")
+    optimizer = build_optimizer(model, config)
+    for _ in range(600):
+        model.weight.grad = torch.ones(64, 64)
+        optimizer.step()
+    square = optimizer.state[model.weight]["exp_avg_sq"]
+    assert square.dtype == torch.bfloat16
+    # Rounded to nearest it would stay at 0.25, where a step adds less than half of the last bit.
+    assert float(square.float().mean()) == pytest.approx(1 - 0.999**600, rel=0.01)
