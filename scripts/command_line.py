@@ -82,6 +82,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "max_steps": "--steps",
     "data_seed": "--seed",
     "gradient_checkpointing": "--parallel.activation_checkpointing",
+    "fsdp_offload_params": "--parallel.cpu_offload",
+    "fsdp_reshard_after_forward": "--parallel.reshard_after_forward",
     "torch_compile": "--parallel.compile",
     "bf16": "--parallel.param_dtype",
     "torch_dtype": "--parallel.param_dtype",
@@ -153,6 +155,8 @@ _AT_LEAST: dict[str, float] = {
     "data.workers": 0,
     "parallel.dp_replicate": 1,
     "parallel.min_wrap_params": 1,
+    "parallel.checkpoint_every": 1,
+    "parallel.prefetch_layers": 0,
     "optimizer.learning_rate": 0,
     "optimizer.weight_decay": 0,
     "optimizer.embedding_lr_ratio": 0,
@@ -474,9 +478,15 @@ def validate(config: TrainConfig) -> None:
     )
     require(
         config.parallel.wrap_policy in ("transformer", "size")
-        or re.fullmatch(r"callable:\w+(\.\w+)+", config.parallel.wrap_policy) is not None,
-        "--parallel.wrap_policy must be transformer, size or callable:package.function, "
-        f"got {config.parallel.wrap_policy!r}",
+        or re.fullmatch(r"callable:\w+(\.\w+)+|module:\w+( *, *\w+)*", config.parallel.wrap_policy)
+        is not None,
+        "--parallel.wrap_policy must be transformer, size, module:ClassA,ClassB or "
+        f"callable:package.function, got {config.parallel.wrap_policy!r}",
+    )
+    keep = config.parallel.reshard_after_forward
+    require(
+        isinstance(keep, bool) or keep >= 2,
+        f"--parallel.reshard_after_forward must be true, false or a number from 2 on, got {keep}",
     )
 
 

@@ -56,6 +56,9 @@ class TrainConfig:
     ] = ()
     """What may differ from the checkpoint that is continued, though it changes which samples come next."""
 
+    dry_run: bool = False
+    """Build everything, print what each rank will hold, run one step, save, reload and compare, and stop; output_dir is not touched."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

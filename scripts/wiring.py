@@ -35,6 +35,7 @@ from models.generation import generate_answers
 from models.weights import LoadReport, load_weights
 from scripts import reporting
 from scripts.config import TrainConfig
+from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -108,6 +109,9 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
         prepared=prepared,
     )
     try:
+        if config.dry_run:
+            with temporary_output(ranks, output_dir) as folder:
+                return _run(replace(job, output_dir=folder))
         return _run(job)
     finally:
         dist.destroy_process_group()
@@ -150,6 +154,8 @@ def _run(job: Job) -> int:
 
     say = partial(print, flush=True) if ranks.is_first else (lambda _: None)
     say(reporting.header(job, model, weights, mixture, steps, progress))
+    if config.dry_run:
+        say(plan_table(model, config.parallel))
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
     raise_together(
@@ -175,7 +181,7 @@ def _run(job: Job) -> int:
     ):
 
         def evaluate(step: int) -> dict[str, float]:
-            values = evaluate_model(job, model, tokenizer)
+            values = {} if config.dry_run else evaluate_model(job, model, tokenizer)
             if values:
                 writer.write({"step": step, **values})
             return values
@@ -195,7 +201,7 @@ def _run(job: Job) -> int:
             ),
             optimizer_config=config.optimizer,
             progress=progress,
-            steps=steps,
+            steps=min(progress.step + 1, steps) if config.dry_run else steps,
             global_batch_size=job.global_batch_size,
             grad_accum_steps=job.grad_accum_steps,
             samples_per_epoch=samples_per_epoch,
@@ -222,6 +228,10 @@ def _run(job: Job) -> int:
         (number,) = max_over_ranks([int(stop.signal or 0)])
         say(reporting.stopped(job, int(number), progress.step))
         return 128 + int(number)
+    if config.dry_run:
+        prove_checkpoint(checkpointer, model, optimizer)
+        say(summary(job.output_dir) if ranks.is_first else "")
+        return 0
     if config.checkpoint.export:
         export(job, model, tokenizer)
     say(reporting.footer(job, before, after, mfu_peak=peak_origin))
@@ -264,9 +274,17 @@ def build_sharded_model(
         seed=job.config.seed if random else None,
     )
     shard(model, job.config.parallel, mesh)
+    # Offloaded parameters live on the host; buffers are where the model computes.
+    home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
     if random:
-        return model.to(job.device), None
-    materialise(model, job.device)
+        model.to(home)
+    else:
+        materialise(model, home)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(job.device)
+    if random:
+        return model, None
     assert folder is not None
     return model, load_weights(model, folder)
 

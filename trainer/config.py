@@ -17,13 +17,19 @@ class ParallelConfig:
     """Ranks that share one copy of the parameters; -1 takes all that dp_replicate leaves."""
 
     wrap_policy: str = "transformer"
-    """Which modules FSDP shards as one group: transformer (the decoder layers), size, or callable:package.function."""
+    """Which modules FSDP shards as one group: transformer (the decoder layers), size, module:ClassA,ClassB (classes of the model), or callable:package.function."""
 
     min_wrap_params: int = 1_000_000
     """Parameter count from which the size policy makes a module a group."""
 
-    reshard_after_forward: bool = True
-    """Free a layer's gathered parameters after forward and gather them again in backward: less memory, more traffic."""
+    reshard_after_forward: bool | int = True
+    """Free a layer's gathered parameters after forward and gather them again in backward: less memory, more traffic. A number frees all but a share: backward gathers from that many ranks (of one node, if they are few) instead of from all."""
+
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory, and run the optimizer there; a layer is on the GPU while it computes."""
+
+    prefetch_layers: int = 2
+    """All-gathers on GPUs start this many layers ahead, so that they hide behind compute; each layer ahead holds its gathered parameters. 0 leaves it to FSDP."""
 
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the gathered parameters and of the computation."""
@@ -31,8 +37,11 @@ class ParallelConfig:
     reduce_dtype: Literal["bfloat16", "float32"] = "float32"
     """Type in which gradients are reduced over ranks."""
 
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full recomputes each decoder layer in backward instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "full", "selective", "op"] = "none"
+    """What backward recomputes instead of keeping it: full, every decoder layer; selective, every checkpoint_every-th; op, all in a layer but matrix products and attention, whose results are kept."""
+
+    checkpoint_every: int = 2
+    """With selective activation checkpointing: one decoder layer of this many is recomputed."""
 
     compile: bool = False
     """Compile each decoder layer with torch.compile."""

@@ -14,10 +14,6 @@ from trainer.errors import TrainError
 # AdamW as one kernel over all parameters: no launch per parameter, none of foreach's temporaries.
 FUSED_OPTIMIZER = True
 
-# All-gathers start this many layers ahead on GPUs, so that they hide behind compute even when one
-# layer is short; each layer ahead holds its gathered parameters.
-PREFETCH_LAYERS = 2
-
 # Dense bf16 FLOP/s from NVIDIA's data sheets, without sparsity. The first name found in the device's name counts.
 PEAK_BF16_FLOPS = {
     "H200": 989e12,

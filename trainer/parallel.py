@@ -7,7 +7,8 @@ compiled, and parameter names never change.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,21 +16,24 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 from torch.distributed.fsdp.wrap import (
     CustomPolicy,
+    ModuleWrapPolicy,
     size_based_auto_wrap_policy,
     transformer_auto_wrap_policy,
 )
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from trainer.config import ParallelConfig
 from trainer.errors import TrainError
-from trainer.hardware import PREFETCH_LAYERS
 
 # The protocol of torch.distributed.fsdp.wrap: called once with recurse=True (go into this module's children?), once
 # with recurse=False (make it a group, given how many of its parameters its children have not taken?).
@@ -42,7 +46,7 @@ def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> 
     """Mesh of the axes `dp_replicate` and `dp_shard`, whose product is the world size.
 
     Raises:
-        TrainError: it is not.
+        TrainError: it is not, or `reshard_after_forward` is a number that does not divide `dp_shard`.
     """
     replicate, shard = config.dp_replicate, config.dp_shard
     if shard == -1:
@@ -52,22 +56,30 @@ def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> 
             f"parallel.dp_replicate {config.dp_replicate} x parallel.dp_shard {config.dp_shard} does not make "
             f"{world_size} ranks; --parallel.dp_shard -1 takes what dp_replicate leaves"
         )
+    keep = config.reshard_after_forward
+    if not isinstance(keep, bool) and (keep < 2 or shard % keep):
+        divisors = [str(n) for n in range(2, shard) if shard % n == 0]
+        raise TrainError(
+            f"parallel.reshard_after_forward {keep} does not divide the {shard} ranks of parallel.dp_shard; "
+            f"use {', '.join([*divisors, 'true'])} or false"
+        )
     return init_device_mesh(
         device_type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard")
     )
 
 
 def wrap_policy(
-    config: ParallelConfig, *, layer_classes: Iterable[type[nn.Module]]
+    config: ParallelConfig, *, model: nn.Module, layer_classes: Iterable[type[nn.Module]]
 ) -> WrapPolicy | CustomPolicy:
     """The policy the user named.
 
     Args:
-        config: `wrap_policy` is `transformer`, `size` or `callable:package.function`.
+        config: `wrap_policy` is `transformer`, `size`, `module:ClassA,ClassB` or `callable:package.function`.
+        model: whose classes `module:` names; not sharded yet.
         layer_classes: the model's own decoder-layer classes, for `transformer`.
 
     Raises:
-        TrainError: unknown name, or a callable that cannot be imported.
+        TrainError: unknown name, a class the model lacks, or a callable that cannot be imported.
     """
     name = config.wrap_policy
     if name == "transformer":
@@ -77,10 +89,28 @@ def wrap_policy(
         )
     if name == "size":
         return partial(size_based_auto_wrap_policy, min_num_params=config.min_wrap_params)
+    if name.startswith("module:"):
+        # Only what holds parameters and has a forward can be a group; the root is one anyway.
+        classes = {
+            type(m).__name__: type(m)
+            for m in model.modules()
+            if m is not model
+            and not isinstance(m, (nn.ModuleList, nn.ModuleDict))
+            and any(True for _ in m.parameters())
+        }
+        wanted = [part.strip() for part in name.removeprefix("module:").split(",")]
+        unknown = [part for part in wanted if part not in classes]
+        if unknown:
+            raise TrainError(
+                f"parallel.wrap_policy: the model has no module of class {', '.join(unknown)}; "
+                f"it has {', '.join(sorted(classes))}"
+            )
+        return ModuleWrapPolicy([classes[part] for part in wanted])
     if name.startswith("callable:"):
         return import_object(name.removeprefix("callable:"), flag="parallel.wrap_policy")
     raise TrainError(
-        f"parallel.wrap_policy {name!r} is unknown; use transformer, size or callable:package.function"
+        f"parallel.wrap_policy {name!r} is unknown; "
+        "use transformer, size, module:ClassA,ClassB or callable:package.function"
     )
 
 
@@ -157,7 +187,7 @@ def parallelise(
 
     Args:
         model: fp32 parameters, real or on the meta device.
-        config: policy, precision, resharding.
+        config: policy, precision, resharding, offloading, what is recomputed.
         mesh: from `build_mesh`.
         layer_classes: the decoder layers: what is recomputed and what is compiled.
         root_parameters: see `select_groups`.
@@ -167,15 +197,15 @@ def parallelise(
         The groups that were sharded, the root last.
     """
     layers = [module for module in model.modules() if isinstance(module, tuple(layer_classes))]
-    if config.activation_checkpointing == "full":
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    checkpoint_activations(layers, config)
     if config.compile:
         for layer in layers:
             layer.compile()
     groups = [
         *select_groups(
-            model, wrap_policy(config, layer_classes=layer_classes), root_parameters=root_parameters
+            model,
+            wrap_policy(config, model=model, layer_classes=layer_classes),
+            root_parameters=root_parameters,
         ),
         model,
     ]
@@ -184,6 +214,9 @@ def parallelise(
         param_dtype=None if param_dtype == torch.float32 else param_dtype,
         reduce_dtype=DTYPES[config.reduce_dtype],
     )
+    on_gpu = mesh.device_type == "cuda"
+    # Pinned memory is copied while the GPU computes.
+    offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
     # A mesh of (1, n) must not all-reduce over a single replica.
     mesh = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh
     for group in groups:
@@ -192,18 +225,101 @@ def parallelise(
             mesh=mesh,
             mp_policy=precision,
             # Backward needs the root's parameters at once: freeing them after forward would only gather them twice.
-            reshard_after_forward=config.reshard_after_forward and group is not model,
+            reshard_after_forward=False if group is model else config.reshard_after_forward,
+            offload_policy=offload,
         )
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
-    if mesh.device_type == "cuda":
-        sharded: list[FSDPModule] = [layer for layer in layers if isinstance(layer, FSDPModule)]
-        for index, layer in enumerate(sharded):
-            layer.set_modules_to_forward_prefetch(sharded[index + 1 : index + 1 + PREFETCH_LAYERS])
-            layer.set_modules_to_backward_prefetch(
-                sharded[max(0, index - PREFETCH_LAYERS) : index][::-1]
-            )
+    if on_gpu:
+        set_prefetch(layers, config.prefetch_layers)
     return groups
+
+
+def checkpoint_activations(layers: Sequence[nn.Module], config: ParallelConfig) -> None:
+    """Make backward recompute what `config.activation_checkpointing` names, in the forward of each of `layers`."""
+    mode = config.activation_checkpointing
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "op":
+        options["context_fn"] = partial(
+            create_selective_checkpoint_contexts, _expensive_operations()
+        )
+    for layer in layers[:: config.checkpoint_every if mode == "selective" else 1]:
+        layer.forward = partial(checkpoint, layer.forward, **options)
+
+
+def _expensive_operations() -> list[torch._ops.OpOverload]:
+    """Matrix products and attention, as autograd sees them: costly to compute, small to keep."""
+    # Registers the operation of variable-length attention.
+    import torch.nn.attention.varlen
+
+    aten = torch.ops.aten
+    return [
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten._grouped_mm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
+    ]
+
+
+def set_prefetch(layers: Sequence[nn.Module], depth: int) -> None:
+    """Start the all-gather of a layer `depth` layers before it is needed, in forward and in backward."""
+    if depth == 0:
+        return
+    sharded: list[FSDPModule] = [layer for layer in layers if isinstance(layer, FSDPModule)]
+    for index, layer in enumerate(sharded):
+        layer.set_modules_to_forward_prefetch(sharded[index + 1 : index + 1 + depth])
+        layer.set_modules_to_backward_prefetch(sharded[max(0, index - depth) : index][::-1])
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One group of FSDP: what is gathered and freed together."""
+
+    group: str
+    """Name of the module in the model; the root is `(root)`."""
+    parameters: int
+    master_bytes: int
+    """Of fp32 masters on the rank that holds most of them; gradients are as many, AdamW's state twice as many."""
+    gathered_bytes: int
+    """While the group computes."""
+
+
+def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
+    """What each rank holds of every group of a model that `parallelise` has sharded, in the order of the model."""
+    groups = [(name, m) for name, m in model.named_modules() if isinstance(m, FSDPModule)]
+    taken: set[int] = set()
+    rows: list[PlanRow] = []
+    for name, group in reversed(groups):  # children first: a parent holds what they have not taken
+        parameters = [p for p in group.parameters() if id(p) not in taken]
+        taken |= {id(p) for p in parameters}
+        numel = sum(p.numel() for p in parameters)
+        rows.append(
+            PlanRow(
+                group=name or "(root)",
+                parameters=numel,
+                master_bytes=sum(_largest_shard(p) * p.element_size() for p in parameters),
+                gathered_bytes=numel * DTYPES[config.param_dtype].itemsize,
+            )
+        )
+    return rows[::-1]
+
+
+def _largest_shard(parameter: nn.Parameter) -> int:
+    """Elements on the first rank, which holds the most where the first dimension cannot be divided."""
+    assert isinstance(parameter, DTensor)
+    shards = 1
+    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+        shards *= size if placement.is_shard() else 1
+    rows = parameter.shape[0]
+    return -(-rows // shards) * (parameter.numel() // rows)
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:

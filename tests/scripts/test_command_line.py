@@ -455,7 +455,14 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         (["--data.name=/data/chat.jsonl"], "use --data.path"),
         ([*NAMED, "--model.overrides={a: 1}"], "add --model.init random"),
         (["--model.overrides={1: 1}"], "--model.overrides must have names"),
-        (["--parallel.wrap_policy=layers"], "transformer, size or callable:package.function"),
+        (
+            ["--parallel.wrap_policy=layers"],
+            "size, module:ClassA,ClassB or callable:package.function",
+        ),
+        (["--parallel.wrap_policy=module:"], "must be transformer, size, module:ClassA,ClassB or"),
+        (["--parallel.reshard_after_forward=1"], "true, false or a number from 2 on, got 1"),
+        (["--parallel.checkpoint_every=0"], "--parallel.checkpoint_every must be at least 1"),
+        (["--parallel.prefetch_layers=-1"], "--parallel.prefetch_layers must be at least 0"),
     ],
 )
 def test_a_value_out_of_range_is_one_line(argv: list[str], part: str) -> None:
@@ -470,6 +477,9 @@ def test_a_value_out_of_range_is_one_line(argv: list[str], part: str) -> None:
         [*NAMED, "--model.init=random", "--model.overrides={num_hidden_layers: 1}"],
         ["--model.name=Qwen/Qwen2.5-0.5B-Instruct", "--data.name=squad"],
         ["--parallel.wrap_policy=callable:my_package.policies.every_layer"],
+        ["--parallel.wrap_policy=module:Qwen3MLP,Qwen3DecoderLayer"],
+        ["--parallel.reshard_after_forward=8"],
+        ["--parallel.reshard_after_forward=false"],
     ],
 )
 def test_values_at_the_edge_are_accepted(argv: list[str]) -> None:

@@ -89,6 +89,25 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
             ],
             id="activation-checkpointing",
         ),
+        pytest.param(
+            2,
+            [
+                "--micro_batch_size=2",
+                "--parallel.wrap_policy=module:Qwen3MLP,Qwen3DecoderLayer",
+                "--parallel.activation_checkpointing=selective",
+                "--parallel.cpu_offload=true",
+            ],
+            id="module-policy-offloaded",
+        ),
+        pytest.param(
+            4,
+            [
+                "--micro_batch_size=1",
+                "--parallel.activation_checkpointing=op",
+                "--parallel.reshard_after_forward=2",
+            ],
+            id="share-of-4-ranks",
+        ),
         pytest.param(2, ["--micro_batch_size=2", "--model.attention=sdpa"], id="sdpa"),
         pytest.param(2, ["--micro_batch_size=2", "--data.workers=1"], id="workers"),
     ],
