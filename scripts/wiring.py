@@ -22,12 +22,13 @@ from data.store import open_packed, pack_store
 from data.streaming import StreamedBatches
 from models.build import build_model, decoder_layer_classes, materialise, read_model_config
 from models.causal_lm import PackedCausalLM
-from models.export import export_model
+from models.export import export_model, staged, write_model_files
 from models.flops import training_flops
 from models.generation import generate_answers
 from models.weights import LoadReport, load_weights
 from scripts import reporting
 from scripts.config import TrainConfig
+from scripts.model_card import model_card
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -140,6 +141,7 @@ def _run(job: Job) -> int:
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
     raise_together(reporting.write_run_files(job, mesh, mixture) if ranks.is_first else None)
+    raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
 
     before: dict[str, float] = {}
     after: dict[str, float] = {}
@@ -200,7 +202,7 @@ def _run(job: Job) -> int:
         say(reporting.stopped(job, int(number), progress.step))
         return 128 + int(number)
     if config.checkpoint.export:
-        export(job, model, tokenizer)
+        export(job, model, tokenizer, step=progress.step)
     say(reporting.footer(job, before, after, mfu_peak=peak_origin))
     return 0
 
@@ -431,7 +433,28 @@ def evaluate_model(
     return values
 
 
-def export(job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_model_files(
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """Write OUTPUT_DIR/model, with which a checkpoint can be exported; returns the error line if that fails."""
+    source = job.prepared["model"]
+    try:
+        with staged(job.output_dir / "model") as folder:
+            write_model_files(
+                folder,
+                model,
+                tokenizer,
+                dtype=DTYPES[job.config.model.dtype],
+                source=Path(source) if source else None,
+            )
+    except (OSError, ValueError) as reason:
+        return str(reason)
+    return None
+
+
+def export(
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase, *, step: int
+) -> None:
     """Write OUTPUT_DIR/export; a failure on the writing rank is raised by all."""
     error = None
     try:
@@ -442,6 +465,7 @@ def export(job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase) 
             dtype=DTYPES[job.config.model.dtype],
             is_writer=job.ranks.is_first,
             source=Path(job.prepared["model"]) if job.prepared["model"] else None,
+            card=partial(model_card, job.output_dir, step),
         )
     except (OSError, ValueError) as reason:
         error = str(reason)
