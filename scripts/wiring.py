@@ -29,13 +29,14 @@ from models.build import (
     read_model_config,
 )
 from models.causal_lm import PackedCausalLM
-from models.export import export_model
+from models.export import export_model, staged, write_model_files
 from models.flops import training_flops
 from models.generation import generate_answers
 from models.weights import LoadReport, load_weights
 from scripts import reporting
 from scripts.config import TrainConfig
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
+from scripts.model_card import model_card
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -161,6 +162,7 @@ def _run(job: Job) -> int:
     raise_together(
         reporting.write_run_files(job, mesh, weights, mixture) if ranks.is_first else None
     )
+    raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
     micro_batches = iter(batches)
     if progress.step == 0 and weights is not None and config.model.check_first_loss:
         # The first step's own batches, tried without a gradient, then put back.
@@ -233,7 +235,7 @@ def _run(job: Job) -> int:
         say(summary(job.output_dir) if ranks.is_first else "")
         return 0
     if config.checkpoint.export:
-        export(job, model, tokenizer)
+        export(job, model, tokenizer, step=progress.step)
     say(reporting.footer(job, before, after, mfu_peak=peak_origin))
     return 0
 
@@ -472,7 +474,28 @@ def evaluate_model(
     return values
 
 
-def export(job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_model_files(
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """Write OUTPUT_DIR/model, with which a checkpoint can be exported; returns the error line if that fails."""
+    source = job.prepared["model"]
+    try:
+        with staged(job.output_dir / "model") as folder:
+            write_model_files(
+                folder,
+                model,
+                tokenizer,
+                dtype=DTYPES[job.config.model.dtype],
+                source=Path(source) if source else None,
+            )
+    except (OSError, ValueError) as reason:
+        return str(reason)
+    return None
+
+
+def export(
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase, *, step: int
+) -> None:
     """Write OUTPUT_DIR/export; a failure on the writing rank is raised by all."""
     error = None
     try:
@@ -483,6 +506,7 @@ def export(job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase) 
             dtype=DTYPES[job.config.model.dtype],
             is_writer=job.ranks.is_first,
             source=Path(job.prepared["model"]) if job.prepared["model"] else None,
+            card=partial(model_card, job.output_dir, step),
         )
     except (OSError, ValueError) as reason:
         error = str(reason)

@@ -89,6 +89,7 @@ def test_the_folder_holds_what_was_promised(run: Run) -> None:
         "config.yaml",
         "export",
         "metrics.jsonl",
+        "model",
         "run.json",
         "tensorboard",
     ]

@@ -1,0 +1,280 @@
+"""export.py writes what the run itself exports, in little memory, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+
+import models.export
+from data.embedded import build_tokenizer
+from models.build import build_model
+from models.errors import ModelError
+from models.export import staged, verify_export, write_model_files, write_weights
+from models.weights import export_tensors
+from scripts.export import main
+from tests.support.command import ROOT, clean_environment, run_command
+from tests.support.job import EXACT, read_rows, train
+from tests.support.models import tiny_model
+from tests.support.tiny import write_chat, write_model
+from trainer.checkpoint import _publish
+
+pytestmark = pytest.mark.distributed
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of two ranks with checkpoints after steps 2 and 4, exported in float32."""
+
+    output_dir: Path
+
+    def copy(self, folder: Path) -> Path:
+        return Path(shutil.copytree(self.output_dir, folder))
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen2"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A tied Qwen3, and an untied Qwen2 with an added token and activation checkpointing."""
+    folder = tmp_path_factory.mktemp(request.param)
+    qwen2 = ["--model.add_special_tokens=[<|tool|>]", "--parallel.activation_checkpointing=full"]
+    model = write_model(folder / "secret" / "base", request.param, tied=request.param == "qwen3")
+    sampling = {"temperature": 0.6, "top_p": 0.95, "do_sample": True}
+    (model / "generation_config.json").write_text(json.dumps(sampling))
+    result = train(
+        [
+            f"--model.path={model}",
+            f"--data.path={write_chat(folder / 'secret' / 'chat.jsonl', count=60)}",
+            "--data.seq_len=128",
+            "--micro_batch_size=1",
+            "--steps=4",
+            "--checkpoint.every=2",
+            *(qwen2 if request.param == "qwen2" else []),
+            *EXACT,
+        ],
+        cache_dir=folder / "cache",
+        output_dir=folder / "out",
+    )
+    assert result.returncode == 0, result.output
+    return Run(folder / "out")
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_the_bytes_are_those_of_the_run_itself(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "export"
+    assert main([str(run.output_dir), str(folder), "--dtype=float32"]) == 0
+    printed = capsys.readouterr()
+    assert "of step-00000004" in printed.out and "compared with the checkpoint" in printed.out
+    assert printed.err == ""
+    found, expected = _contents(folder), _contents(run.output_dir / "export")
+    assert set(found) == set(expected)
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} < set(found)
+    assert [name for name in found if found[name] != expected[name]] == []
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_bfloat16_in_shards_loads_in_transformers(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "export"
+    checkpoint = run.output_dir / "checkpoints" / "step-00000004"
+    assert main([str(checkpoint), str(folder), f"--max_shard_gib={50_000 / 2**30}"]) == 0
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    trained = load_file(run.output_dir / "export" / "model.safetensors")
+    for name, tensor in trained.items():
+        assert torch.equal(model.get_parameter(name), tensor.bfloat16()), name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert model.generation_config.eos_token_id[0] == stop == model.config.eos_token_id
+    assert (model.generation_config.temperature, model.generation_config.top_p) == (0.6, 0.95)
+
+
+def test_another_step_is_another_model_with_its_own_card(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    checkpoint = run.output_dir / "checkpoints" / "step-00000002"
+    assert main([str(checkpoint), str(folder), "--dtype=float32", "--verify=false"]) == 0
+    before = load_file(folder / "model.safetensors")
+    after = load_file(run.output_dir / "export" / "model.safetensors")
+    assert set(before) == set(after)
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+
+    card = (folder / "README.md").read_text()
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["library_name"] == "transformers"
+    known = [row for row in read_rows(run.output_dir) if row["step"] <= 2 and "loss" in row]
+    assert "| steps | 2 |" in body
+    assert f"| loss | {known[-1]['loss']:.4g} |" in body
+    assert f"| tokens | {sum(row['tokens'] for row in known):,}, " in body
+    assert "| base model | base |" in body and "chat.jsonl" in body
+    assert f"torch {torch.__version__.split('+')[0]}" in body
+    assert "secret" not in card and str(run.output_dir) not in card
+
+
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        assert main([str(argument) for argument in arguments]) == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        error = capsys.readouterr().err
+        assert error.startswith("export.py: error: ") and error.count("\n") == 1
+        return error
+
+    new, there = tmp_path / "new", tmp_path / "there"
+    there.mkdir()
+    assert "there already" in fails(run.output_dir, there)
+    assert "is not there" in fails(tmp_path / "none", new)
+    assert "no intact checkpoint" in fails(there, new)
+
+    copy = run.copy(tmp_path / "copy")
+    config = copy / "model" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "num_hidden_layers": 1, "layer_types": None}))
+    assert "does not fit" in fails(copy, new)
+    config.write_text(json.dumps({**values, "num_hidden_layers": 3, "layer_types": None}))
+    assert "does not fit" in fails(copy, new)
+    config.unlink()
+    shutil.rmtree(copy / "export")
+    assert "no model/config.json" in fails(copy, new)
+    (tmp_path / "file").write_text("")
+    assert "could not be written" in fails(run.output_dir, tmp_path / "file" / "export")
+
+
+def test_a_damaged_checkpoint_is_refused_or_passed_over(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = run.copy(tmp_path / "copy")
+    newest = copy / "checkpoints" / "step-00000004"
+    tensors = newest / "tensors" / "__0_0.distcp"
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    tensors.write_bytes(content)
+    assert main([str(newest), str(tmp_path / "new")]) == 1
+    assert "SHA-256" in capsys.readouterr().err
+    assert main([str(copy), str(tmp_path / "new")]) == 0
+    printed = capsys.readouterr()
+    assert "taking the one before" in printed.err and "step-00000002" in printed.out
+
+
+def _written(folder: Path) -> Callable[[str], torch.Tensor]:
+    """A small export, and what reads its originals."""
+    model = tiny_model(vocab_size=512)
+    tensors = export_tensors(model)
+    folder.mkdir()
+    write_weights(
+        folder, tensors, tensors.__getitem__, dtype=torch.bfloat16, max_shard_bytes=20_000
+    )
+    write_model_files(folder, model, build_tokenizer(), dtype=torch.bfloat16, source=None)
+    return lambda name: tensors[name].detach()
+
+
+def test_verification_finds_a_bit_a_missing_file_and_another_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.export, "_BLOCK_BYTES", 1000)  # tensors of several blocks
+    folder = tmp_path / "export"
+    read = _written(folder)
+    assert verify_export(folder, read, dtype=torch.bfloat16) == len(export_tensors(tiny_model()))
+
+    file = sorted(folder.glob("*.safetensors"))[1]
+    content = file.read_bytes()
+    for position in (-1, -len(content) // 2):
+        flipped = bytearray(content)
+        flipped[position] ^= 1
+        file.write_bytes(flipped)
+        with pytest.raises(ModelError, match="not the checkpoint: 1 of"):
+            verify_export(folder, read, dtype=torch.bfloat16)
+    file.write_bytes(content[:-2])
+    with pytest.raises(ModelError, match="not written whole"):
+        verify_export(folder, read, dtype=torch.bfloat16)
+    file.unlink()
+    with pytest.raises(ModelError, match="lacks"):
+        verify_export(folder, read, dtype=torch.bfloat16)
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match="not the checkpoint"):
+        verify_export(folder, read, dtype=torch.float32)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(ModelError, match="mlp"):
+        verify_export(folder, read, dtype=torch.bfloat16)
+
+
+_MEASURED = """
+import sys
+sys.path.insert(0, {root!r})
+import torch, transformers.models.qwen3.modeling_qwen3
+import models.export, scripts.model_card, trainer.checkpoint, trainer.stored
+from scripts.export import main
+
+def bytes_of(what):  # of this process alone: getrusage also counts what it was forked from
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if what in line) * 1024
+
+for dtype in ("bfloat16", "float32"):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is what is used now
+    before = bytes_of("VmRSS")
+    assert main([{run!r}, {folder!r} + dtype, "--dtype", dtype]) == 0
+    print(bytes_of("VmHWM") - before)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_memory_is_one_and_a_half_of_the_largest_tensor(tmp_path: Path) -> None:
+    vocabulary, width = 100_000, 256
+    largest = vocabulary * width * 4  # 102 MB, twice: the head is not tied
+    model = build_model(
+        Qwen3Config(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            tie_word_embeddings=False,
+        ),
+        attention="sdpa",
+        seed=None,
+    )
+    tensors = {
+        f"hf.{name}": torch.full(tensor.shape, 0.5)
+        for name, tensor in model.hf.state_dict().items()
+    }
+    staging = tmp_path / "out" / "checkpoints" / ".partial"
+    staging.mkdir(parents=True)
+    state = {"model": tensors, "optimizer": {"moment": torch.ones(vocabulary * width)}}
+    dcp.save(state, checkpoint_id=staging / "tensors", no_dist=True)
+    (staging / "state.json").write_text('{"step": 7}')
+    _publish(staging, staging.with_name("step-00000007"))
+    del tensors, state
+    with staged(tmp_path / "out" / "model") as folder:
+        write_model_files(folder, model, build_tokenizer(), dtype=torch.bfloat16, source=None)
+
+    program = _MEASURED.format(
+        root=str(ROOT), run=str(tmp_path / "out"), folder=str(tmp_path / "export-")
+    )
+    result = run_command(
+        [sys.executable, "-c", program], timeout=120, env=clean_environment(tmp_path / "user")
+    )
+    assert result.returncode == 0, result.output
+    assert result.stderr == ""
+    _, in_bfloat16, _, in_float32 = result.stdout.splitlines()
+    # 300 MB are allowed beside it; with 40 MB a second copy of anything large is seen.
+    assert largest < int(in_bfloat16) < 1.5 * largest + 40e6
+    assert largest < int(in_float32) < 1.5 * largest + 40e6
