@@ -294,7 +294,9 @@ class PlanRow:
 
 def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
     """What each rank holds of every group of a model that `parallelise` has sharded, in the order of the model."""
-    groups = [(name, m) for name, m in model.named_modules() if isinstance(m, FSDPModule)]
+    groups: list[tuple[str, nn.Module]] = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, FSDPModule)
+    ]
     taken: set[int] = set()
     rows: list[PlanRow] = []
     for name, group in reversed(groups):  # children first: a parent holds what they have not taken
