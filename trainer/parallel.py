@@ -294,11 +294,11 @@ class PlanRow:
 
 def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
     """What each rank holds of every group of a model that `parallelise` has sharded, in the order of the model."""
-    groups = [(name, m) for name, m in model.named_modules() if isinstance(m, FSDPModule)]
+    groups = [name for name, m in model.named_modules() if isinstance(m, FSDPModule)]
     taken: set[int] = set()
     rows: list[PlanRow] = []
-    for name, group in reversed(groups):  # children first: a parent holds what they have not taken
-        parameters = [p for p in group.parameters() if id(p) not in taken]
+    for name in reversed(groups):  # children first: a parent holds what they have not taken
+        parameters = [p for p in model.get_submodule(name).parameters() if id(p) not in taken]
         taken |= {id(p) for p in parameters}
         numel = sum(p.numel() for p in parameters)
         rows.append(
