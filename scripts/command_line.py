@@ -483,6 +483,11 @@ def validate(config: TrainConfig) -> None:
         "--parallel.wrap_policy must be transformer, size, module:ClassA,ClassB or "
         f"callable:package.function, got {config.parallel.wrap_policy!r}",
     )
+    require(
+        not (config.parallel.compile and config.parallel.activation_checkpointing != "none"),
+        "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing "
+        "recomputes: keep one of them",
+    )
     keep = config.parallel.reshard_after_forward
     require(
         isinstance(keep, bool) or keep >= 2,

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -294,13 +294,12 @@ class PlanRow:
 
 def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
     """What each rank holds of every group of a model that `parallelise` has sharded, in the order of the model."""
-    groups: list[tuple[str, nn.Module]] = [
-        (name, m) for name, m in model.named_modules() if isinstance(m, FSDPModule)
-    ]
+    modules = model.named_modules()
+    groups = [(name, cast(nn.Module, m)) for name, m in modules if isinstance(m, FSDPModule)]
     taken: set[int] = set()
     rows: list[PlanRow] = []
-    for name, group in reversed(groups):  # children first: a parent holds what they have not taken
-        parameters = [p for p in group.parameters() if id(p) not in taken]
+    for name in reversed(groups):  # children first: a parent holds what they have not taken
+        parameters = [p for p in model.get_submodule(name).parameters() if id(p) not in taken]
         taken |= {id(p) for p in parameters}
         numel = sum(p.numel() for p in parameters)
         rows.append(

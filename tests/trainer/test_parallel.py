@@ -225,6 +225,7 @@ def test_loss_and_gradients_do_not_depend_on_the_ranks(tied: bool) -> None:
     )
     kept = ParallelConfig(**FP32, reshard_after_forward=False)
     offloaded = ParallelConfig(**FP32, cpu_offload=True, activation_checkpointing="op")
+    inside = ParallelConfig(**FP32, wrap_policy="module:Qwen3MLP", activation_checkpointing="op")
     alternating = ParallelConfig(
         **FP32, wrap_policy="module:Qwen3MLP", activation_checkpointing="selective"
     )
@@ -240,6 +241,7 @@ def test_loss_and_gradients_do_not_depend_on_the_ranks(tied: bool) -> None:
             (2, kept, tied),
             (1, replicated, tied),
             (2, offloaded, tied),
+            (2, inside, tied),
             (2, alternating, tied),
         ],
         4: [
