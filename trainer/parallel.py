@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -294,8 +294,7 @@ class PlanRow:
 
 def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
     """What each rank holds of every group of a model that `parallelise` has sharded, in the order of the model."""
-    modules = model.named_modules()
-    groups = [(name, cast(nn.Module, m)) for name, m in modules if isinstance(m, FSDPModule)]
+    groups = [name for name, m in model.named_modules() if isinstance(m, FSDPModule)]
     taken: set[int] = set()
     rows: list[PlanRow] = []
     for name in reversed(groups):  # children first: a parent holds what they have not taken
