@@ -50,12 +50,11 @@ def build_optimizer(
     }
     ratios = {"embedding": config.embedding_lr_ratio, "head": config.head_lr_ratio, "other": 1.0}
     # Apart by role even at equal ratios: a run may be continued with other ones.
+    roles = {id(head): "head", id(embedding): "embedding"}  # tied: one parameter, the embedding
     groups: dict[tuple[bool, bool, str], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            role = (
-                "embedding" if parameter is embedding else "head" if parameter is head else "other"
-            )
+            role = roles.get(id(parameter), "other")
             decays = parameter.ndim >= 2  # norms and biases have one dimension
             groups.setdefault((id(parameter) in hidden, decays, role), []).append(parameter)
     if config.name == "muon" and not any(muon for muon, *_ in groups):
@@ -120,7 +119,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _adamw(self, parameter: Tensor, rate: float, weight_decay: float, place: int) -> None:
         """https://arxiv.org/abs/1711.05101"""
-        (beta1, beta2), weight, grad = self._config.betas, _local(parameter), _local(parameter.grad)
+        beta1, beta2 = self._config.betas
+        weight, grad = _local(parameter), _local(parameter.grad)
         state = self._state(parameter, "exp_avg", "exp_avg_sq")
         mean, square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
         exact_mean = mean.float().lerp_(grad, 1 - beta1)
@@ -137,16 +137,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
         The momentum is averaged shard by shard. Orthogonalising needs the whole matrix: it is gathered once, every
         rank computes the same result and takes its own shard of it.
         """
-        momentum, weight, grad = (
-            self._config.muon_momentum,
-            _local(parameter),
-            _local(parameter.grad),
-        )
+        momentum, adjustment = self._config.muon_momentum, self._config.muon_lr_adjustment
+        weight, grad = _local(parameter), _local(parameter.grad)
         state = self._state(parameter, "momentum_buffer")
         kept = _local(state["momentum_buffer"])
         exact = kept.float().lerp_(grad, 1 - momentum)
         direction = grad.lerp(exact, momentum)
-        adjustment = self._config.muon_lr_adjustment
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
             whole = DTensor.from_local(

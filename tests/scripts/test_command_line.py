@@ -325,7 +325,8 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(given: str, meant: str) ->
 
 def test_a_name_in_several_groups_is_answered_with_all() -> None:
     line = error_of("--name", "x")
-    assert "--data.name or --model.name or --schedule.name" in line
+    names = ("data", "model", "optimizer", "schedule")
+    assert " or ".join(f"--{group}.name" for group in names) in line
 
 
 def test_a_name_near_nothing_gets_no_guess() -> None:

@@ -108,6 +108,24 @@ def test_resuming_from_a_checkpoint_is_bit_exact(job: Job, tmp_path: Path) -> No
     _assert_same_end(output_dir, job.whole)
 
 
+def test_muon_with_bf16_state_resumes_bit_exactly_too(job: Job, tmp_path: Path) -> None:
+    flags = ["--optimizer.name=muon", "--optimizer.state_dtype=bfloat16"]
+    job = Job(job.folder, [*job.args, *flags])
+    whole, output_dir = tmp_path / "whole", tmp_path / "out"
+    result = job.run(whole)
+    assert result.returncode == 0 and "optimizer state bfloat16" in result.stdout, result.output
+    assert losses(whole) != losses(job.whole)
+    shutil.copytree(whole, output_dir)
+    shutil.rmtree(output_dir / "checkpoints" / "step-00000006")
+    shutil.rmtree(output_dir / "export")
+
+    result = job.run(output_dir)
+
+    assert result.returncode == 0, result.output
+    assert "after step 3 of 6" in result.stdout and result.stderr == ""
+    _assert_same_end(output_dir, whole)
+
+
 def test_a_damaged_newest_checkpoint_falls_back_by_one(job: Job, tmp_path: Path) -> None:
     output_dir = job.copy(tmp_path / "out")
     newest = output_dir / "checkpoints" / "step-00000006"
