@@ -61,12 +61,18 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         checkpoint = find_checkpoint(arguments.checkpoint)
-        export_checkpoint(
+        count = export_checkpoint(
             checkpoint,
             arguments.folder,
             dtype=getattr(torch, arguments.dtype),
             max_shard_bytes=int(arguments.max_shard_gib * 2**30),
             verify=arguments.verify == "true",
+        )
+        size = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))
+        compared = ", compared with the checkpoint" if arguments.verify == "true" else ""
+        print(
+            f"{count} tensors of {checkpoint.name}, {size:,} bytes of {arguments.dtype}{compared}, "
+            f"exported to {arguments.folder}"
         )
     except (ModelError, TrainError) as error:
         print(f"export.py: error: {error}", file=sys.stderr)
@@ -107,8 +113,11 @@ def export_checkpoint(
     dtype: torch.dtype,
     max_shard_bytes: int,
     verify: bool,
-) -> None:
+) -> int:
     """Write a checkpoint as a Hugging Face folder, which appears at once and complete.
+
+    Returns:
+        How many tensors were written.
 
     Raises:
         ModelError: the folder is there or cannot be written, or is not what the checkpoint holds.
@@ -144,13 +153,7 @@ def export_checkpoint(
         (staging / CARD_FILE).write_text(model_card(output_dir, state["step"]), encoding="utf-8")
         if verify:
             verify_export(staging, read, dtype=dtype)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    print(
-        f"{len(tensors)} tensors of {checkpoint.name}, {size:,} bytes of {dtype}"
-        f"{', compared with the checkpoint' if verify else ''}, exported to {folder}".replace(
-            "torch.", ""
-        )
-    )
+    return len(tensors)
 
 
 def _model_files(output_dir: Path) -> Path:

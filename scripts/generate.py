@@ -1,6 +1,7 @@
-"""Answer prompts with an exported model, on CPU or GPU.
+"""Answer prompts with an exported model or a checkpoint, on CPU or GPU.
 
 python scripts/generate.py MODEL_DIR "What is 17 + 25?"
+python scripts/generate.py OUTPUT_DIR/checkpoints/step-00000020 "What is 17 + 25?"
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -15,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="generate.py", description="Answer prompts with an exported model."
+        prog="generate.py", description="Answer prompts with an exported model or a checkpoint."
     )
     parser.add_argument(
-        "model", type=Path, help="folder with a Hugging Face model, such as OUTPUT_DIR/export"
+        "model",
+        type=Path,
+        help="folder with a Hugging Face model, such as OUTPUT_DIR/export, or a checkpoint of train.py",
     )
     parser.add_argument(
         "prompt", nargs="+", help="one or more user messages, each answered on its own"
@@ -27,11 +31,41 @@ def main(argv: list[str] | None = None) -> int:
         "--max_new_tokens", type=int, default=256, help="tokens per answer (default: 256)"
     )
     arguments = parser.parse_args(argv)
-    if not (arguments.model / "config.json").is_file():
+    is_checkpoint = arguments.model.name.startswith("step-")
+    if not is_checkpoint and not (arguments.model / "config.json").is_file():
         parser.exit(2, f"generate.py: error: {arguments.model} holds no model (no config.json)\n")
     os.environ["HF_HUB_OFFLINE"] = "1"  # a local folder is all that is read
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+    if not is_checkpoint:
+        answer(arguments.model, arguments.prompt, max_new_tokens=arguments.max_new_tokens)
+        return 0
+
+    import torch
+
+    from models.errors import ModelError
+    from models.export import MAX_SHARD_BYTES
+    from scripts.export import export_checkpoint, find_checkpoint
+    from trainer.errors import TrainError
+
+    with tempfile.TemporaryDirectory(prefix="generate-") as temporary:
+        folder = Path(temporary, "model")
+        try:
+            export_checkpoint(
+                find_checkpoint(arguments.model),
+                folder,
+                dtype=torch.bfloat16,
+                max_shard_bytes=MAX_SHARD_BYTES,
+                verify=False,
+            )
+        except (ModelError, TrainError) as error:
+            parser.exit(2, f"generate.py: error: {error}\n")
+        answer(folder, arguments.prompt, max_new_tokens=arguments.max_new_tokens)
+    return 0
+
+
+def answer(model: Path, prompts: list[str], *, max_new_tokens: int) -> None:
+    """Print every prompt with the answer of the model in a Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -41,18 +75,15 @@ def main(argv: list[str] | None = None) -> int:
 
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    hf = AutoModelForCausalLM.from_pretrained(arguments.model).to(device)
     answers = generate_answers(
-        PackedCausalLM(hf),
-        tokenizer,
-        [[{"role": "user", "content": prompt}] for prompt in arguments.prompt],
-        max_new_tokens=arguments.max_new_tokens,
+        PackedCausalLM(AutoModelForCausalLM.from_pretrained(model).to(device)),
+        AutoTokenizer.from_pretrained(model),
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        max_new_tokens=max_new_tokens,
         device=device,
     )
-    for prompt, answer in zip(arguments.prompt, answers, strict=True):
-        print(f"{prompt}\n  {answer}")
-    return 0
+    for prompt, text in zip(prompts, answers, strict=True):
+        print(f"{prompt}\n  {text}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from models.build import build_model
 from models.errors import ModelError
 from models.export import staged, verify_export, write_model_files, write_weights
 from models.weights import export_tensors
+from scripts import generate
 from scripts.export import main
 from tests.support.command import ROOT, clean_environment, run_command
 from tests.support.job import EXACT, read_rows, train
@@ -171,6 +174,26 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over(
     assert main([str(copy), str(tmp_path / "new")]) == 0
     printed = capsys.readouterr()
     assert "taking the one before" in printed.err and "step-00000002" in printed.out
+
+
+def test_generate_answers_from_a_checkpoint_as_from_its_export(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY"):  # generate.py sets them
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    checkpoint, folder = run.output_dir / "checkpoints" / "step-00000004", tmp_path / "export"
+    assert main([str(checkpoint), str(folder)]) == 0
+    capsys.readouterr()
+    answers = []
+    for model in (checkpoint, folder):
+        assert generate.main([str(model), "What is 1 + 1?", "--max_new_tokens=4"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and "What is 1 + 1?" in answers[0]
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def _written(folder: Path) -> Callable[[str], torch.Tensor]:
