@@ -23,6 +23,7 @@ from models.causal_lm import PackedCausalLM
 from models.config import ModelConfig
 from models.errors import ModelError
 
+JUDGED_PARAMETERS = 10_000_000  # the smallest Qwen has some 500 million
 FIRST_LOSS_MARGIN = 0.5
 """Nats a token by which pretrained weights must beat a uniform guess on the first batch."""
 
@@ -186,6 +187,11 @@ def tie_head(model: PackedCausalLM) -> None:
         model.head.weight = cast(nn.Parameter, model.hf.get_input_embeddings().weight)
 
 
+def first_loss_counts(choice: str, parameters: int) -> bool:
+    """Whether `model.check_first_loss` has a model of so many parameters judged by its first loss."""
+    return choice == "always" or (choice == "auto" and parameters >= JUDGED_PARAMETERS)
+
+
 def check_first_loss(loss: float, *, vocab_size: int) -> None:
     """Refuse pretrained weights that know no more of the first batch than a guess among all tokens.
 
@@ -207,5 +213,5 @@ def check_first_loss(loss: float, *, vocab_size: int) -> None:
             f"the loss of the first batch is {loss:.2f} and guessing among {vocab_size} tokens costs "
             f"{guess:.2f}: these weights know nothing of this data, so they, the tokenizer or the chat "
             "template are not the model's own; mend that, or train all the same with "
-            "--model.check_first_loss false"
+            "--model.check_first_loss never"
         )

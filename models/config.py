@@ -34,8 +34,8 @@ class ModelConfig:
     verify_hash: bool = False
     """Compare the SHA-256 of every file of a hub model with what the hub listed, before it is loaded."""
 
-    check_first_loss: bool = True
-    """Stop before the first step when pretrained weights do no better on the first batch than guessing; random weights are never checked."""
+    check_first_loss: Literal["auto", "always", "never"] = "auto"
+    """Stop before the first step if pretrained weights do no better on the first batch than guessing; auto: models of 10 million parameters and more, since smaller ones may well know nothing."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
     """Changes to the model's config.json, for example {"num_hidden_layers": 2}; only with random weights."""

@@ -25,6 +25,7 @@ from models.build import (
     build_model,
     check_first_loss,
     decoder_layer_classes,
+    first_loss_counts,
     materialise,
     read_model_config,
 )
@@ -164,7 +165,9 @@ def _run(job: Job) -> int:
     )
     raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
     micro_batches = iter(batches)
-    if progress.step == 0 and weights is not None and config.model.check_first_loss:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    judged = weights is not None and first_loss_counts(config.model.check_first_loss, parameters)
+    if progress.step == 0 and judged:
         # The first step's own batches, tried without a gradient, then put back.
         first = list(islice(micro_batches, job.grad_accum_steps))
         loss = evaluate_loss(model, first, loss_fn=causal_lm_loss, device=device)

@@ -38,7 +38,7 @@ def _shuffle_tokens(model: Path) -> None:
 
 
 def test_weights_that_know_nothing_are_refused(tmp_path: Path, cache_dir: Path) -> None:
-    """Random ones and those of another tokenizer; unless the check is off, or random weights are wanted."""
+    """Random ones and those of another tokenizer; unless the check is off, the model small, or random wanted."""
     chat = write_chat(tmp_path / "chat.jsonl", count=60)
     unloaded = write_model(tmp_path / "unloaded", trained=False)
     shuffled = write_model(tmp_path / "shuffled")
@@ -46,16 +46,17 @@ def test_weights_that_know_nothing_are_refused(tmp_path: Path, cache_dir: Path) 
 
     for model in (unloaded, shuffled):
         output_dir = tmp_path / f"{model.name}-out"
-        result = train(_flags(model, chat), 2, cache_dir=cache_dir, output_dir=output_dir)
+        flags = [*_flags(model, chat), "--model.check_first_loss=always"]
+        result = train(flags, 2, cache_dir=cache_dir, output_dir=output_dir)
         assert result.returncode == 1
         (line,) = result.stderr.splitlines()
         assert line.startswith("train.py: error: the loss of the first batch is ")
         assert "costs 6.36" in line  # ln(576)
-        assert line.endswith("--model.check_first_loss false")
+        assert line.endswith("--model.check_first_loss never")
         assert not (output_dir / "checkpoints").exists()
         assert not (output_dir / "metrics.jsonl").exists()
 
-    for flag in ("--model.check_first_loss=false", "--model.init=random"):
+    for flag in ("--model.check_first_loss=never", "--model.init=random", "--seed=0"):
         output_dir = tmp_path / f"out{flag}"
         result = train(
             [*_flags(unloaded, chat), flag], 2, cache_dir=cache_dir, output_dir=output_dir
@@ -73,7 +74,7 @@ def test_trained_weights_pass_and_see_the_same_batches(
     flags = _flags(write_model(tmp_path / "model"), chat)
     flags += ["--data.streaming=true", "--data.stream_buffer_rows=10"] if streaming else []
     states = []
-    for check in ("true", "false"):
+    for check in ("always", "never"):
         output_dir = tmp_path / check
         result = train(
             [*flags, f"--model.check_first_loss={check}"],
@@ -84,10 +85,10 @@ def test_trained_weights_pass_and_see_the_same_batches(
         assert result.returncode == 0, result.output
         first = losses(output_dir)[0]
         said = f"first loss {first:.2f}; a guess costs 6.36" in result.stdout.splitlines()
-        assert said == (check == "true")
+        assert said == (check == "always")
         (state,) = output_dir.glob("checkpoints/step-*/state.json")
         states.append(json.loads(state.read_text()))
 
-    assert losses(tmp_path / "true") == losses(tmp_path / "false")
+    assert losses(tmp_path / "always") == losses(tmp_path / "never")
     assert states[0] == states[1]
     assert first < 5.86
