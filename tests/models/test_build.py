@@ -180,7 +180,7 @@ def test_the_first_loss_of_weights_that_know_nothing() -> None:
         model = build_model(tiny_config(initializer_range=spread), attention="sdpa", seed=0)
         with torch.no_grad():
             loss = float(model.hf(input_ids=ids, labels=ids).loss)
-        with pytest.raises(ModelError, match=r"--model.check_first_loss false") as error:
+        with pytest.raises(ModelError, match=r"--model.check_first_loss never") as error:
             check_first_loss(loss, vocab_size=VOCABULARY)
         assert f"{loss:.2f}" in str(error.value) and "costs 4.57" in str(error.value)
     check_first_loss(8.0, vocab_size=151936)  # rare scripts, random characters
