@@ -26,7 +26,7 @@ from trainer.loop import Progress
 from trainer.parallel import precision_table
 
 if TYPE_CHECKING:
-    from scripts.wiring import Job
+    from scripts.job import Job
 
 
 def run_name(config: TrainConfig) -> str:

@@ -1,0 +1,28 @@
+"""What the pieces of one run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.config import TrainConfig
+from trainer.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the pieces of one run share."""
+
+    config: TrainConfig
+    cache_dir: Path
+    output_dir: Path
+    ranks: Ranks
+    device: torch.device
+    micro_batch_size: int
+    global_batch_size: int
+    grad_accum_steps: int
+    prepared: dict[str, Any]
+    """What `prepare` returned on this node."""

@@ -1,0 +1,179 @@
+"""The model of a run: built sharded and filled, judged before the first step, evaluated, written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from data.embedded import check_answer, questions
+from data.mixture import mix
+from data.store import open_packed, pack_store
+from models.build import (
+    build_model,
+    check_first_loss,
+    decoder_layer_classes,
+    first_loss_counts,
+    materialise,
+    read_model_config,
+)
+from models.causal_lm import PackedCausalLM
+from models.export import export_model, staged, write_model_files
+from models.generation import generate_answers
+from models.weights import LoadReport, load_weights
+from scripts.batching import open_batches
+from scripts.job import Job
+from scripts.model_card import model_card
+from scripts.preparation import (
+    uses_embedded_data,
+)
+from trainer.config import ParallelConfig
+from trainer.distributed import raise_together
+from trainer.loop import evaluate_loss
+from trainer.loss import causal_lm_loss
+from trainer.parallel import DTYPES, parallelise
+
+
+def build_sharded_model(
+    job: Job, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh
+) -> tuple[PackedCausalLM, LoadReport | None]:
+    """The model on this rank's device: sharded first, then filled from the checkpoint, unless weights are random."""
+    config = job.config.model
+    folder = Path(job.prepared["model"]) if job.prepared["model"] else None
+    random = folder is None or config.init == "random"
+    model = build_model(
+        read_model_config(config, folder, tokenizer),
+        attention=config.attention,
+        seed=job.config.seed if random else None,
+    )
+    shard(model, job.config.parallel, mesh)
+    # Offloaded parameters live on the host; buffers are where the model computes.
+    home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
+    if random:
+        model.to(home)
+    else:
+        materialise(model, home)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(job.device)
+    if random:
+        return model, None
+    assert folder is not None
+    return model, load_weights(model, folder)
+
+
+def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> None:
+    parallelise(
+        model,
+        config,
+        mesh,
+        layer_classes=decoder_layer_classes(model),
+        root_parameters=[model.head.weight],
+        forward_methods=["generate"],
+    )
+
+
+def judge_first_loss(
+    job: Job,
+    model: PackedCausalLM,
+    micro_batches: Iterator[dict[str, Tensor]],
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Tensor]]:
+    """Try the first step's own batches without a gradient, unless this model is not to be judged.
+
+    Returns:
+        The same micro-batches, none missing.
+
+    Raises:
+        ModelError: see `models.build.check_first_loss`.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if not first_loss_counts(job.config.model.check_first_loss, parameters):
+        return micro_batches
+    first = list(islice(micro_batches, job.grad_accum_steps))
+    loss = evaluate_loss(model, first, loss_fn=causal_lm_loss, device=job.device)
+    vocab_size = model.hf.config.vocab_size
+    check_first_loss(loss, vocab_size=vocab_size)
+    say(f"first loss {loss:.2f}; a guess costs {math.log(vocab_size):.2f}")
+    return chain(first, micro_batches)
+
+
+def evaluate_model(
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`; {} without held-out rows."""
+    config = job.config
+    if not job.prepared["evaluation"]:
+        return {}
+    sources = [
+        pack_store(
+            open_packed(source["packs"]).examples.first(config.evaluation.max_rows),
+            method=config.data.packing,
+            seq_len=config.data.seq_len,
+        )
+        for source in job.prepared["evaluation"]
+    ]
+    batches = open_batches(job, mix(sources), tokenizer, training=False)
+    values = {"eval_loss": evaluate_loss(model, batches, loss_fn=causal_lm_loss, device=job.device)}
+    if uses_embedded_data(config) and config.evaluation.generate_rows > 0:
+        asked = questions("test", config.evaluation.generate_rows)
+        answers = generate_answers(
+            model,
+            tokenizer,
+            [prompt for prompt, _ in asked],
+            max_new_tokens=config.evaluation.max_new_tokens,
+            device=job.device,
+        )
+        model.reshard()  # type: ignore[operator]  # a method of FSDP modules
+        right = sum(
+            check_answer(expected, answer)
+            for (_, expected), answer in zip(asked, answers, strict=True)
+        )
+        values["exact_match_pct"] = 100 * right / len(asked)
+    return values
+
+
+def save_model_files(
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """Write OUTPUT_DIR/model, with which a checkpoint can be exported; returns the error line if that fails."""
+    source = job.prepared["model"]
+    try:
+        with staged(job.output_dir / "model") as folder:
+            write_model_files(
+                folder,
+                model,
+                tokenizer,
+                dtype=DTYPES[job.config.model.dtype],
+                source=Path(source) if source else None,
+            )
+    except (OSError, ValueError) as reason:
+        return str(reason)
+    return None
+
+
+def export(
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase, *, step: int
+) -> None:
+    """Write OUTPUT_DIR/export; a failure on the writing rank is raised by all."""
+    error = None
+    try:
+        export_model(
+            model,
+            tokenizer,
+            job.output_dir / "export",
+            dtype=DTYPES[job.config.model.dtype],
+            is_writer=job.ranks.is_first,
+            source=Path(job.prepared["model"]) if job.prepared["model"] else None,
+            card=partial(model_card, job.output_dir, step),
+        )
+    except (OSError, ValueError) as reason:
+        error = str(reason)
+    raise_together(error)
