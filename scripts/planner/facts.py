@@ -151,4 +151,6 @@ def find_model(name: str) -> dict[str, Any]:
     alike = {plain(known): known for known in known_models()}
     wanted = plain(name)
     wanted = {"llama38b": "llama318b", "llama370b": "llama3170b"}.get(wanted, wanted)
+    if wanted not in alike:
+        raise KeyError(name)
     return known_models()[alike[wanted]]
