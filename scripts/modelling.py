@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedTokenizerBase
 
 from data.embedded import check_answer, questions
@@ -27,6 +28,7 @@ from models.build import (
 from models.causal_lm import PackedCausalLM
 from models.export import export_model, staged, write_model_files
 from models.generation import generate_answers
+from models.tensor_parallel import tensor_parallel_plan
 from models.weights import LoadReport, load_weights
 from scripts.batching import open_batches
 from scripts.job import Job
@@ -48,12 +50,14 @@ def build_sharded_model(
     config = job.config.model
     folder = Path(job.prepared["model"]) if job.prepared["model"] else None
     random = folder is None or config.init == "random"
+    hf_config = read_model_config(config, folder, tokenizer)
+    plan = tensor_parallel_plan(hf_config, job.config.parallel.tp)
     model = build_model(
-        read_model_config(config, folder, tokenizer),
+        hf_config,
         attention=config.attention,
         seed=job.config.seed if random else None,
     )
-    shard(model, job.config.parallel, mesh)
+    shard(model, job.config.parallel, mesh, plan)
     # Offloaded parameters live on the host; buffers are where the model computes.
     home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
     if random:
@@ -69,7 +73,12 @@ def build_sharded_model(
     return model, load_weights(model, folder)
 
 
-def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> None:
+def shard(
+    model: PackedCausalLM,
+    config: ParallelConfig,
+    mesh: DeviceMesh,
+    layer_plan: Mapping[str, ParallelStyle],
+) -> None:
     parallelise(
         model,
         config,
@@ -77,6 +86,7 @@ def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> No
         layer_classes=decoder_layer_classes(model),
         root_parameters=[model.head.weight],
         forward_methods=["generate"],
+        layer_plan=layer_plan,
     )
 
 
