@@ -63,6 +63,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         pytest.param(2, ["--micro_batch_size=2"], id="2-ranks"),
         pytest.param(2, ["--micro_batch_size=1"], id="2-ranks-accumulated"),
         pytest.param(4, ["--micro_batch_size=1", "--parallel.dp_replicate=2"], id="hsdp"),
+        pytest.param(4, ["--micro_batch_size=1", "--parallel.tp=2"], id="tensor-parallel"),
         pytest.param(
             2,
             [
