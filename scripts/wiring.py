@@ -28,6 +28,7 @@ from scripts.modelling import (
     export,
     judge_first_loss,
     save_model_files,
+    training_loss,
 )
 from scripts.preparation import (
     open_mixture,
@@ -40,7 +41,6 @@ from trainer.distributed import Ranks, gather, max_over_ranks, once, raise_toget
 from trainer.errors import TrainError
 from trainer.hardware import choose_device, configure, peak_flops
 from trainer.loop import Progress, Speedometer, StopRequest, train
-from trainer.loss import causal_lm_loss
 from trainer.metrics import MetricsWriter
 from trainer.optimizer import build_optimizer, learning_rate_at
 from trainer.parallel import DTYPES, build_mesh
@@ -64,7 +64,7 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
     prepared = once(
         ranks,
         "prepare",
-        partial(prepare, pinned, cache_dir, world_size=ranks.world_size),
+        partial(prepare, pinned, cache_dir, world_size=ranks.world_size, device_type=device_type),
         shared_folder=cache_dir,
     )
     device = start(ranks, device_type)
@@ -159,7 +159,7 @@ def _run(job: Job) -> int:
             model,
             optimizer,
             micro_batches,
-            loss_fn=causal_lm_loss,
+            loss_fn=training_loss(model),
             learning_rate=partial(
                 learning_rate_at,
                 steps=steps,
