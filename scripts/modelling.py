@@ -27,6 +27,7 @@ from models.build import (
 from models.causal_lm import PackedCausalLM
 from models.export import export_model, staged, write_model_files
 from models.generation import generate_answers
+from models.layers import sparse_layers
 from models.weights import LoadReport, load_weights
 from scripts.batching import open_batches
 from scripts.job import Job
@@ -36,8 +37,8 @@ from scripts.preparation import (
 )
 from trainer.config import ParallelConfig
 from trainer.distributed import raise_together
-from trainer.loop import evaluate_loss
-from trainer.loss import causal_lm_loss
+from trainer.loop import LossFunction, evaluate_loss
+from trainer.loss import causal_lm_loss, routed_causal_lm_loss
 from trainer.parallel import DTYPES, parallelise
 
 
@@ -77,6 +78,18 @@ def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> No
         layer_classes=decoder_layer_classes(model),
         root_parameters=[model.head.weight],
         forward_methods=["generate"],
+    )
+
+
+def training_loss(model: PackedCausalLM) -> LossFunction:
+    """Cross-entropy, and for a mixture of experts also the loss that balances them."""
+    hf_config = model.hf.config
+    if not sparse_layers(hf_config):
+        return causal_lm_loss
+    return partial(
+        routed_causal_lm_loss,
+        experts_per_token=hf_config.num_experts_per_tok,
+        aux_loss_coef=hf_config.router_aux_loss_coef,
     )
 
 
