@@ -35,7 +35,7 @@ from scripts.preparation import (
     prepare,
     read_tokenizer,
 )
-from trainer.checkpoint import Checkpointer, complete_checkpoints
+from trainer.checkpoint import Checkpointer
 from trainer.distributed import Ranks, gather, max_over_ranks, once, raise_together, start
 from trainer.errors import TrainError
 from trainer.hardware import choose_device, configure, peak_flops

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from trainer.errors import TrainError
+from trainer.manifest import TENSORS
+from trainer.unpickle import read_metadata
 
 _MODEL = "model."  # what a parameter's name begins with beside the optimizer's state
 
@@ -25,15 +24,12 @@ class StoredTensors:
         Raises:
             TrainError: the folder holds no tensors of a checkpoint.
         """
-        self._folder = checkpoint / "tensors"
-        try:
-            metadata = FileSystemReader(self._folder).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise TrainError(f"{checkpoint} is not an intact checkpoint: {error}") from None
+        self._folder = checkpoint / TENSORS
+        metadata = read_metadata(self._folder)
         self._entries = {
             name.removeprefix(_MODEL): entry
             for name, entry in metadata.state_dict_metadata.items()
-            if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+            if name.startswith(_MODEL)
         }
         self._places = metadata.storage_data
 

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.support.models import full
 from tests.support.ranks import run_ranks
-from trainer.checkpoint import MANIFEST, Checkpointer, complete_checkpoints, damage
+from trainer.checkpoint import Checkpointer
+from trainer.manifest import MANIFEST, complete_checkpoints, damage
 from trainer.config import CheckpointConfig, OptimizerConfig
 from trainer.errors import TrainError
 from trainer.optimizer import build_optimizer
@@ -113,6 +114,7 @@ def _save(folder: Path, steps: list[int]) -> list[Tensor]:
     for step in steps:
         run.step()
         run.checkpointer.save(step, {"samples": step})
+    run.checkpointer.wait()
     return run.tensors()[:-1]
 
 
