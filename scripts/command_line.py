@@ -166,6 +166,7 @@ _AT_LEAST: dict[str, float] = {
     "schedule.warmup_steps": 0,
     "checkpoint.every": 0,
     "checkpoint.keep_last": 0,
+    "checkpoint.keep_every": 0,
     "evaluation.every": 0,
     "evaluation.max_rows": 1,
     "evaluation.generate_rows": 0,
@@ -487,6 +488,11 @@ def validate(config: TrainConfig) -> None:
         not (config.parallel.compile and config.parallel.activation_checkpointing != "none"),
         "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing "
         "recomputes: keep one of them",
+    )
+    mirror = config.checkpoint.mirror
+    require(
+        mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
+        f"--checkpoint.mirror must be a URL such as s3://bucket/run, got {mirror!r}",
     )
     keep = config.parallel.reshard_after_forward
     require(

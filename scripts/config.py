@@ -52,9 +52,21 @@ class TrainConfig:
     checkpoint."""
 
     allow_changed: tuple[
-        Literal["data", "packing", "seq_len", "global_batch_size", "seed"], ...
+        Literal[
+            "data",
+            "packing",
+            "seq_len",
+            "global_batch_size",
+            "seed",
+            "model",
+            "optimizer",
+            "schedule",
+            "steps",
+            "precision",
+        ],
+        ...,
     ] = ()
-    """What may differ from the checkpoint that is continued, though it changes which samples come next."""
+    """What may differ from the checkpoint that is continued, though it changes which samples come next or what a step computes."""
 
     dry_run: bool = False
     """Build everything, print what each rank will hold, run one step, save, reload and compare, and stop; output_dir is not touched."""

@@ -50,7 +50,7 @@ from trainer.manifest import (
     sync,
     write_json,
 )
-from trainer.unpickle import SafeReader, read_metadata
+from trainer.unpickle import SafeReader, read_metadata, tensor_entries
 
 T = TypeVar("T")
 
@@ -98,6 +98,7 @@ class Checkpointer:
         self._optimizer = optimizer
         self._config = config
         self._store = store
+        self._url = store.url if store else None
         self._options = options
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         # Its own group: a background save must not interleave its collectives with those of training.
@@ -134,7 +135,7 @@ class Checkpointer:
         write = partial(self._write, step, {**state, "step": step, "scalars": scalars}, _random())
         if self._config.asynchronous:
             # Staged here, before the loop changes the tensors. The copies are reused from save to save.
-            staged = self._stager.stage(tensors)
+            staged: Any = self._stager.stage(tensors)
             self._under_way = self._writer.submit(write, staged)
             failure = earlier
         else:
@@ -212,7 +213,7 @@ class Checkpointer:
             self._copy_out(self._store, final, list(described[self._rank]))
         except Exception as reason:
             why = _first_line(reason)
-            return f"checkpoint {final} is complete, but not its copy in {self._store.url} ({why})"
+            return f"checkpoint {final} is complete, but not its copy in {self._url} ({why})"
         return None
 
     def _copy_out(self, store: Store, final: Path, names: list[str]) -> None:
@@ -239,6 +240,11 @@ class Checkpointer:
         config = self._config
         return superfluous(list(names), keep_last=config.keep_last, keep_every=config.keep_every)
 
+    def held(self) -> list[str]:
+        """The names of the complete checkpoints here and in the store, oldest first, agreed by all ranks."""
+        here = self._on_first(lambda: [path.name for path in complete_checkpoints(self.folder)])
+        return sorted({*here, *self._in_store()}, key=lambda name: step_of(name) or 0)
+
     def newest(self) -> Path | None:
         """The newest intact checkpoint, agreed by all ranks; damaged newer ones are set aside by renaming them.
 
@@ -248,24 +254,20 @@ class Checkpointer:
             TrainError: there are checkpoints, and all are damaged. Starting over silently would be worse.
         """
         here = self._on_first(lambda: [path.name for path in checkpoints(self.folder)])
-        store = self._store
-        away = self._on_first(lambda: _complete(store.names()) if store else [])
-        problems: list[tuple[str, str]] = []  # of what, what
+        away = self._in_store()
+        problems: list[tuple[str, str]] = []  # where, what
         damaged: list[Path] = []
         for name in sorted({*here, *away}, key=lambda name: step_of(name) or 0, reverse=True):
             path = self.folder / name
-            fetched = False
-            if name in here:
-                problem = self._damage(path)
+            problem = self._damage(path) if name in here else "it is not here"
+            if name in here and problem is not None:
+                damaged.append(path)
+                problems.append((str(path), problem))
+            fetched = name in away and problem is not None
+            if fetched:
+                problem = self._copy_in(name)
                 if problem is not None:
-                    damaged.append(path)
-                    problems.append((str(path), problem))
-            if name in away and (name not in here or problem is not None):
-                assert store is not None
-                problem = self._copy_in(store, name)
-                fetched = problem is None
-                if problem is not None:
-                    problems.append((f"{store.url}/{name}", problem))
+                    problems.append((f"{self._url}/{name}", problem))
             if problem is None:
                 self._on_first(partial(self._fall_back, damaged, problems, name, fetched))
                 self._verified = path
@@ -301,8 +303,14 @@ class Checkpointer:
         )
         return next((problem for problem in found if problem is not None), None)
 
-    def _copy_in(self, store: Store, name: str) -> str | None:
+    def _in_store(self) -> list[str]:
+        store = self._store
+        return self._on_first(lambda: _complete(store.names()) if store else [])
+
+    def _copy_in(self, name: str) -> str | None:
         """Copy a checkpoint from the store to its hidden folder; returns what is wrong with it."""
+        store = self._store
+        assert store is not None
         staging = staging_of(self.folder, step_of(name) or 0)
 
         def manifest() -> dict[str, Any]:
@@ -374,7 +382,7 @@ class Checkpointer:
             _set_random(state["rng_states"][self._rank])
         return state
 
-    def _state(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    def _state(self) -> tuple[dict[str, Any], Any, dict[str, Tensor], dict[str, Any]]:
         """The state dicts of model and optimizer; their tensors by one name each; what is no tensor.
 
         Hyperparameters are not among them: they are the command line's.
@@ -382,9 +390,10 @@ class Checkpointer:
         Raises:
             TrainError: something is neither a tensor nor what JSON can hold.
         """
-        model_state, optimizer_state = get_state_dict(
+        states: tuple[Any, Any] = get_state_dict(
             self._model, self._optimizer, options=self._options
         )
+        model_state, optimizer_state = states
         # A tied parameter has several names and is stored under the first.
         named = list(self._model.named_parameters(remove_duplicate=False))
         first = {id(parameter): name for name, parameter in reversed(named)}
@@ -445,8 +454,8 @@ def _complete(names: list[str]) -> list[str]:
 def _misfit(metadata: Metadata, tensors: Mapping[str, Tensor]) -> str | None:
     """How what is stored differs from what is wanted; DCP would skip and cast without a word."""
     stored = {
-        name: (tuple(entry.size), entry.properties.dtype)  # type: ignore[union-attr]
-        for name, entry in metadata.state_dict_metadata.items()
+        name: (tuple(entry.size), entry.properties.dtype)
+        for name, entry in tensor_entries(metadata).items()
     }
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     differing = [

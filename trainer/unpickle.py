@@ -79,6 +79,11 @@ def _problem(metadata: Any) -> str | None:
     return None
 
 
+def tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Type and shape of each tensor by name, and the parts it is stored in."""
+    return metadata.state_dict_metadata  # type: ignore[return-value]  # `_problem` has seen to it
+
+
 class SafeReader(FileSystemReader):
     """torch's reader of checkpoints, with `.metadata` read as above."""
 
