@@ -281,9 +281,12 @@ def _in_the_background(folder: Path) -> dict[str, Any]:
     meanwhile = [path.name for path in complete_checkpoints(folder)]
     dist.barrier()  # the save is held back until all have looked
     hold.set()
-    run.checkpointer.folder = Path(__file__)
-    run.checkpointer.save(3, {})  # the second waits for the first, and fails
+    run.checkpointer.wait()
     durable = [path.name for path in complete_checkpoints(folder)]
+    run.checkpointer.folder = Path(__file__)
+    run.checkpointer.save(3, {})  # fails, and nobody knows yet
+    while run.checkpointer._under_way and not run.checkpointer._under_way.done():
+        time.sleep(0.01)
     run.checkpointer.folder = folder
     error = ""
     try:
