@@ -53,6 +53,8 @@ from trainer.manifest import (
 from trainer.unpickle import SafeReader, read_metadata, tensor_entries
 
 T = TypeVar("T")
+# What is frozen is not saved; `_misfit` refuses a checkpoint that lacks something else.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Store(Protocol):
@@ -80,7 +82,6 @@ class Checkpointer:
         optimizer: over its parameters.
         config: what is kept, and how.
         store: holds a copy of every checkpoint.
-        options: which part of the state is meant, as of `torch.distributed.checkpoint.state_dict`.
     """
 
     def __init__(
@@ -91,7 +92,6 @@ class Checkpointer:
         config: CheckpointConfig,
         *,
         store: Store | None = None,
-        options: StateDictOptions | None = None,
     ) -> None:
         self.folder = folder
         self._model = model
@@ -99,7 +99,6 @@ class Checkpointer:
         self._config = config
         self._store = store
         self._url = store.url if store else None
-        self._options = options
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         # Its own group: a background save must not interleave its collectives with those of training.
         self._group: Any = dist.new_group(backend="gloo")
@@ -376,7 +375,7 @@ class Checkpointer:
             self._optimizer,
             model_state_dict=model_state,
             optim_state_dict=optimizer_state,
-            options=self._options,
+            options=_TRAINED,
         )
         if len(state["rng_states"]) == self._world_size:
             _set_random(state["rng_states"][self._rank])
@@ -390,9 +389,7 @@ class Checkpointer:
         Raises:
             TrainError: something is neither a tensor nor what JSON can hold.
         """
-        states: tuple[Any, Any] = get_state_dict(
-            self._model, self._optimizer, options=self._options
-        )
+        states: tuple[Any, Any] = get_state_dict(self._model, self._optimizer, options=_TRAINED)
         model_state, optimizer_state = states
         # A tied parameter has several names and is stored under the first.
         named = list(self._model.named_parameters(remove_duplicate=False))
