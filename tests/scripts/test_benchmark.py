@@ -62,3 +62,18 @@ def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ours["held_bytes"] <= ours["highest_peak_bytes"] < theirs["highest_peak_bytes"]
         assert f"| {kind}, " in printed
     assert ": ok |" in printed
+
+
+@pytest.mark.distributed
+def test_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_server()  # whose ranks have the libraries loaded
+    file = tmp_path / "numbers.json"
+    flags = ["--megabytes=13", "--repeats=1", "--folder", str(tmp_path), "--json", str(file)]
+    assert main(["checkpoint", *flags]) == 0
+    result = json.loads(file.read_text())
+    for name in ("shardloop", "synchronous"):
+        side = result[name]
+        assert 0 < side["seconds"] <= side["durable_seconds"]
+        assert side["checkpoint_bytes"] == pytest.approx(13e6, rel=0.05)
+    assert f"{result['stall_pct']:.1f} %" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [file]
