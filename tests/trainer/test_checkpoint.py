@@ -445,10 +445,11 @@ def test_T05_killed_inside_a_save_the_newest_complete_checkpoint_loads(tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_T05_two_hundred_kills_inside_saves_leave_none_unloadable(tmp_path: Path) -> None:
-    inside, kills = 0, 0
+    inside = kills = 0
     while inside < 200:
-        inside += _kill_inside_saves(tmp_path, 50, seed=kills)
+        inside += _kill_inside_saves(tmp_path / str(kills), 50, seed=kills)
         kills += 50
     print(f"{kills} kills, {inside} of them inside a save, 0 checkpoints unloadable")
 
