@@ -133,9 +133,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
             state["next_batches"] = next_batches(job, mixture, now.samples)
         try:
             checkpointer.save(now.step, state)
-        except (
-            TrainError
-        ) as error:  # of a save in the background too; `wait` ends the run if it was the last
+        except TrainError as error:  # maybe of the save before; `wait` raises it if it was the last
             say(f"warning: {error}")
 
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_first else lambda _: None
