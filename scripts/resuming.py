@@ -87,7 +87,7 @@ def resume(
     """Continue from a checkpoint if there is one to continue from.
 
     Returns:
-        How far it was, and of a stream the state of each rank.
+        How far it was, and of a stream the state of each data-parallel rank.
 
     Raises:
         TrainError: `--resume never` would mix two runs; or the checkpoint is of a run with other settings or samples.

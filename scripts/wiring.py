@@ -19,7 +19,7 @@ from models.build import (
 )
 from models.flops import training_flops
 from scripts import reporting
-from scripts.batching import batch_sizes, open_batches, open_stream, total_ledger
+from scripts.batching import batch_sizes, gather_data, open_batches, open_stream, total_ledger
 from scripts.config import TrainConfig
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
 from scripts.job import Job
@@ -29,6 +29,7 @@ from scripts.modelling import (
     export,
     judge_first_loss,
     save_model_files,
+    training_loss,
 )
 from scripts.preparation import (
     open_mixture,
@@ -38,14 +39,13 @@ from scripts.preparation import (
 )
 from scripts.resuming import lasting_settings, next_batches, open_mirror, resume
 from trainer.checkpoint import Checkpointer
-from trainer.distributed import Ranks, gather, max_over_ranks, once, raise_together, start
+from trainer.distributed import Ranks, max_over_ranks, once, raise_together, start
 from trainer.errors import TrainError
 from trainer.hardware import choose_device, configure, peak_flops
 from trainer.loop import Progress, Speedometer, StopRequest, train
-from trainer.loss import causal_lm_loss
 from trainer.metrics import MetricsWriter
 from trainer.optimizer import build_optimizer, learning_rate_at
-from trainer.parallel import DTYPES, build_mesh
+from trainer.parallel import DTYPES, build_mesh, data_rank
 
 
 def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
@@ -59,14 +59,15 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
     """
     device_type = choose_device(config.device, local_world_size=ranks.local_world_size)
     configure(device_type, local_world_size=ranks.local_world_size)
-    micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, ranks.world_size)
+    data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
+    micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
     # One rank of a node, or of all nodes that share the cache, downloads and tokenises. The process group, whose collectives time out, comes after.
     output_dir = Path(config.output_dir or f"outputs/{reporting.run_name(config)}")
     pinned = pin_revisions(config, output_dir)
     prepared = once(
         ranks,
         "prepare",
-        partial(prepare, pinned, cache_dir, world_size=ranks.world_size),
+        partial(prepare, pinned, cache_dir, world_size=data.size, device_type=device_type),
         shared_folder=cache_dir,
     )
     device = start(ranks, device_type)
@@ -75,6 +76,7 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
         cache_dir=cache_dir,
         output_dir=output_dir,
         ranks=ranks,
+        data_rank=data,
         device=device,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
@@ -101,7 +103,8 @@ def _run(job: Job, at_end: ExitStack) -> int:
 
     mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
-    torch.manual_seed(config.seed + ranks.rank)  # what a model draws while training differs by rank
+    # What a model draws while training differs by rank, but not on ranks that compute together.
+    torch.manual_seed(config.seed + ranks.rank // config.parallel.tp)
     optimizer = build_optimizer(
         model,
         config.optimizer,
@@ -128,7 +131,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
     def save(now: Progress) -> None:
         state: dict[str, Any] = {"samples": now.samples, "settings": settings}
         if isinstance(batches, StreamedBatches):
-            state["stream"] = gather(batches.state)
+            state["stream"] = gather_data(job, batches.state)
         elif mixture is not None and ranks.is_first:
             state["next_batches"] = next_batches(job, mixture, now.samples)
         try:
@@ -172,7 +175,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
             model,
             optimizer,
             micro_batches,
-            loss_fn=causal_lm_loss,
+            loss_fn=training_loss(model),
             learning_rate=partial(
                 learning_rate_at,
                 steps=steps,
@@ -198,9 +201,10 @@ def _run(job: Job, at_end: ExitStack) -> int:
                 flops=partial(training_flops, model.hf.config),
                 peak_flops=None if peak is None else peak * ranks.world_size,
             ),
+            parallel=config.parallel,
         )
     if isinstance(batches, StreamedBatches):
-        ledger = total_ledger(batches)
+        ledger = total_ledger(job, batches)
         raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
         say(reporting.stream_line(job, ledger))
     if not finished:
