@@ -39,7 +39,7 @@ from jsonargparse import ArgumentParser
 
 from data.config import source_configs
 from data.errors import DataError
-from scripts.config import TrainConfig
+from scripts.config import LASTING, TrainConfig
 
 EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.yaml"
 
@@ -491,6 +491,8 @@ def validate(config: TrainConfig) -> None:
         "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing "
         "recomputes: keep one of them",
     )
+    unknown = [key for key in config.allow_changed if key not in LASTING]
+    require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
     mirror = config.checkpoint.mirror
     require(
         mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,

@@ -13,7 +13,7 @@ from data.loader import batch_digests
 from data.mixture import Mixture
 from models.causal_lm import PackedCausalLM
 from scripts.batching import order_of_samples
-from scripts.config import TrainConfig
+from scripts.config import OF_SAMPLES, TrainConfig
 from scripts.job import Job
 from trainer.checkpoint import Checkpointer, Store
 from trainer.errors import TrainError
@@ -106,8 +106,9 @@ def resume(
         return Progress(), None
     state = checkpointer.read_state(checkpoint)
     _check_settings(checkpoint, state["settings"], settings, job.config.allow_changed)
-    # Hashes of other samples were asked for with a change of what decides them.
-    if mixture is not None and state["settings"] == {**state["settings"], **_of_samples(settings)}:
+    was = state["settings"]
+    # With a change of what decides the samples other ones were asked for.
+    if mixture is not None and all(was[key] == settings[key] for key in OF_SAMPLES):
         now = next_batches(job, mixture, state["samples"])
         if state.get("next_batches") != now:
             raise TrainError(
@@ -117,11 +118,6 @@ def resume(
             )
     checkpointer.restore(checkpoint)
     return Progress(step=state["step"], samples=state["samples"]), state.get("stream")
-
-
-def _of_samples(settings: dict[str, Any]) -> dict[str, Any]:
-    keys = ("data", "packing", "seq_len", "global_batch_size", "seed")
-    return {key: settings[key] for key in keys}
 
 
 def _check_settings(
