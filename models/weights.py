@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -263,11 +263,13 @@ def init_weights(model: PackedCausalLM, seed: int) -> None:
     """
     torch.manual_seed(seed)
     with _WholeTensors():
-        model.hf.initialize_weights()  # type: ignore[operator]  # of PreTrainedModel
+        model.hf.initialize_weights()
     embedding = model.hf.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
     local, (rows, *_) = _shard(embedding.weight.detach())
-    if embedding.padding_idx in range(rows.start, rows.stop):  # a row of a sharded tensor is a copy
-        local[embedding.padding_idx - rows.start].zero_()
+    pad = embedding.padding_idx
+    if pad is not None and rows.start <= pad < rows.stop:  # a row of a sharded tensor is a copy
+        local[pad - rows.start].zero_()
 
 
 class _WholeTensors(TorchDispatchMode):
