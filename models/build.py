@@ -213,11 +213,20 @@ def build_model(hf_config: PreTrainedConfig, *, attention: str, seed: int | None
         torch.manual_seed(seed)
     with torch.device("cpu" if seed is not None else "meta"):
         hf = AutoModelForCausalLM.from_config(
-            hf_config, dtype=torch.float32, attn_implementation=implementation
+            hf_config,
+            dtype=torch.float32,
+            attn_implementation=implementation,
+            experts_implementation=_experts_implementation(hf_config),
         )
     hf.config.use_cache = True  # for generation; training never asks for a cache
     hf.train()
     return PackedCausalLM(hf)
+
+
+def _experts_implementation(hf_config: PreTrainedConfig) -> str | None:
+    """transformers' default, one grouped matrix product for all experts; its rows must be whole 16 bytes in bf16."""
+    widths = hf_config.hidden_size, getattr(hf_config, "moe_intermediate_size", 0)
+    return "eager" if any(width % 8 for width in widths) else None
 
 
 def materialise(model: PackedCausalLM, device: torch.device) -> None:

@@ -85,7 +85,7 @@ def test_an_override_of_an_unknown_key_is_refused(
         ("{", "not a model configuration"),
         ("[1]", "not a model configuration"),
         ("{}", "not a model configuration"),
-        ('{"model_type": "llama"}', "model_type 'llama'; this trainer knows qwen2, qwen3"),
+        ('{"model_type": "llama"}', "model_type 'llama'; this trainer knows qwen2, qwen2_moe, "),
     ],
 )
 def test_a_folder_that_is_no_known_model_is_refused(
