@@ -133,6 +133,11 @@ def _parsed(
             f"{where} uses sliding-window attention, which needs --model.attention sdpa"
         )
     if config.router_aux_loss_coef is not None:
+        if config.router_aux_loss_coef < 0:
+            raise ModelError(
+                f"model.router_aux_loss_coef {config.router_aux_loss_coef} is below 0, which would "
+                "reward uneven experts; use 0 or more"
+            )
         if not sparse_layers(hf_config):
             raise ModelError(
                 f"model.router_aux_loss_coef is for mixtures of experts, and {where} is dense; leave it out"
