@@ -134,6 +134,11 @@ def _parsed(
             f"{where} uses sliding-window attention, which needs --model.attention sdpa"
         )
     if config.router_aux_loss_coef is not None:
+        if config.router_aux_loss_coef < 0:
+            raise ModelError(
+                f"model.router_aux_loss_coef {config.router_aux_loss_coef} is below 0, which would "
+                "reward uneven experts; use 0 or more"
+            )
         if not sparse_layers(hf_config):
             raise ModelError(
                 f"model.router_aux_loss_coef is for mixtures of experts, and {where} is dense; leave it out"
@@ -212,7 +217,10 @@ def build_model(hf_config: PreTrainedConfig, *, attention: str, seed: int | None
     implementation = PACKED_ATTENTION if attention == "packed" else "sdpa"
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(
-            hf_config, dtype=torch.float32, attn_implementation=implementation
+            hf_config,
+            dtype=torch.float32,
+            attn_implementation=implementation,
+            experts_implementation=_experts_implementation(hf_config),
         )
     hf.config.use_cache = True  # for generation; training never asks for a cache
     hf.train()
@@ -221,6 +229,12 @@ def build_model(hf_config: PreTrainedConfig, *, attention: str, seed: int | None
         materialise(model, torch.device("cpu"))
         init_weights(model, seed)
     return model
+
+
+def _experts_implementation(hf_config: PreTrainedConfig) -> str | None:
+    """transformers' default, one grouped matrix product for all experts; its rows must be whole 16 bytes in bf16."""
+    widths = hf_config.hidden_size, getattr(hf_config, "moe_intermediate_size", 0)
+    return "eager" if any(width % 8 for width in widths) else None
 
 
 def materialise(model: PackedCausalLM, device: torch.device) -> None:
