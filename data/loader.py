@@ -5,6 +5,7 @@ Shapes: B micro_batch_size, S seq_len, M the most documents a micro-batch can ho
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ class PackedBatches:
         document_offsets  int32 [M + 1] borders of the documents in the B * S flattened tokens,
                                         from 0; behind the last one B * S repeats
         label_positions   int64 [N]     where labels has one, in the flattened B * S
+        row_tokens        int64 [B]     real tokens at the start of each row
         counts            int64 [4]     real tokens, padding tokens, labels, sum of the documents'
                                         squared lengths
         sample_index      int64 [B]     global sample of each row; -1 for a row of padding
@@ -113,6 +115,40 @@ class PackedBatches:
         return iter(loader) if self._workers else read_ahead(loader, self.grad_accum_steps + 1)
 
 
+def batch_digests(
+    mixture: Mixture,
+    *,
+    seq_len: int,
+    seed: int,
+    start_sample: int,
+    global_batch_size: int,
+    count: int,
+) -> list[str]:
+    """SHA-256 over input_ids and labels of the `count` global batches from `start_sample` on.
+
+    The same on any number of ranks: what a checkpoint says of the samples that come next.
+    """
+    batches = _MicroBatches(
+        mixture,
+        seq_len=seq_len,
+        micro_batch_size=global_batch_size,
+        pad_token_id=0,
+        seed=seed,
+        shuffle=True,
+        rank=0,
+        world_size=1,
+        start_sample=start_sample,
+        end_sample=None,
+    )
+    digests = []
+    for number in range(count):
+        batch = batches[number]
+        digest = hashlib.sha256(batch["input_ids"].numpy().tobytes())
+        digest.update(batch["labels"].numpy().tobytes())
+        digests.append(digest.hexdigest())
+    return digests
+
+
 def read_ahead(items: Iterable[Batch], depth: int) -> Iterator[Batch]:
     """The same items, of which a thread makes the next `depth` while one is used."""
     iterator = iter(items)
@@ -187,8 +223,9 @@ def assemble(
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
+    row_tokens = np.zeros(len(rows), dtype=np.int64)
     borders = [0]
-    real_tokens = squared_lengths = 0
+    squared_lengths = 0
     for row, documents in enumerate(rows):
         begin = 0
         for ids, supervised in documents:
@@ -199,7 +236,7 @@ def assemble(
             borders.append(row * seq_len + end)
             begin = end
             squared_lengths += len(ids) ** 2
-        real_tokens += begin
+        row_tokens[row] = begin
         if begin < seq_len:
             position_ids[row, begin:] = np.arange(seq_len - begin)
             borders.append((row + 1) * seq_len)
@@ -207,6 +244,7 @@ def assemble(
     offsets[: len(borders)] = borders
     # Found here, where it costs no GPU a synchronisation.
     label_positions = np.flatnonzero(labels != IGNORE_INDEX)
+    real_tokens = int(row_tokens.sum())
     counts = [real_tokens, labels.size - real_tokens, len(label_positions), squared_lengths]
     return {
         "input_ids": torch.from_numpy(input_ids),
@@ -214,6 +252,7 @@ def assemble(
         "position_ids": torch.from_numpy(position_ids),
         "document_offsets": torch.from_numpy(offsets),
         "label_positions": torch.from_numpy(label_positions),
+        "row_tokens": torch.from_numpy(row_tokens),
         "counts": torch.tensor(counts),
         "sample_index": torch.from_numpy(sample_index),
     }

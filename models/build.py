@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,19 +16,37 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from models.attention import PACKED_ATTENTION
 from models.causal_lm import PackedCausalLM
 from models.config import ModelConfig
 from models.errors import ModelError
+from models.layers import has_sliding_window, linear_attention_layers, sparse_layers
+from models.weights import init_weights
 
 JUDGED_PARAMETERS = 10_000_000  # the smallest Qwen has some 500 million
 FIRST_LOSS_MARGIN = 0.5
 """Nats a token by which pretrained weights must beat a uniform guess on the first batch."""
 
-CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
+    config_class.model_type: config_class
+    for config_class in (
+        Qwen2Config,
+        Qwen2MoeConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+        Qwen3NextConfig,
+        Qwen3_5TextConfig,
+        Qwen3_5MoeTextConfig,
+    )
+}
 
 # The built-in model: small enough to learn the embedded chat data on two CPU cores in minutes.
 EMBEDDED_QWEN3: dict[str, Any] = {
@@ -71,6 +90,8 @@ def read_model_config(
         raise ModelError(
             f"{file} is not a model configuration ({error}); download it again"
         ) from None
+    if isinstance(values.get("text_config"), dict) and f"{model_type}_text" in CONFIG_CLASSES:
+        model_type, values = f"{model_type}_text", _text_values(values)
     if model_type not in CONFIG_CLASSES:
         raise ModelError(
             f"{file} says model_type {model_type!r}; this trainer knows {', '.join(CONFIG_CLASSES)}"
@@ -83,6 +104,13 @@ def read_model_config(
     if config.add_special_tokens:
         grow_vocabulary(hf_config, tokenizer)
     return hf_config
+
+
+def _text_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a vision-language configuration; either may say that the head is tied."""
+    text = values["text_config"]
+    tied = any(part.get("tie_word_embeddings", False) for part in (values, text))
+    return {**text, "tie_word_embeddings": tied}
 
 
 def _parsed(
@@ -101,10 +129,21 @@ def _parsed(
         raise ModelError(
             f"{where}{' with model.overrides' * bool(config.overrides)} is not a valid configuration ({reason})"
         ) from None
-    if "sliding_attention" in (hf_config.layer_types or ()) and config.attention == "packed":
+    if has_sliding_window(hf_config) and config.attention == "packed":
         raise ModelError(
             f"{where} uses sliding-window attention, which needs --model.attention sdpa"
         )
+    if config.router_aux_loss_coef is not None:
+        if config.router_aux_loss_coef < 0:
+            raise ModelError(
+                f"model.router_aux_loss_coef {config.router_aux_loss_coef} is below 0, which would "
+                "reward uneven experts; use 0 or more"
+            )
+        if not sparse_layers(hf_config):
+            raise ModelError(
+                f"model.router_aux_loss_coef is for mixtures of experts, and {where} is dense; leave it out"
+            )
+        hf_config.router_aux_loss_coef = config.router_aux_loss_coef
     return hf_config
 
 
@@ -129,6 +168,33 @@ def check_fits(
         )
 
 
+def check_packing(hf_config: PreTrainedConfig, *, packing: str, device_type: str) -> None:
+    """Refuse rows of several documents where linear attention would carry one into the next.
+
+    PyTorch's own version of Gated DeltaNet knows no document borders; the kernels of flash-linear-attention
+    and causal-conv1d do, and run on GPUs only.
+
+    Args:
+        hf_config: transformers' configuration.
+        packing: `none` puts one document in a row, which every model can train on.
+        device_type: where the model will run.
+
+    Raises:
+        ModelError: naming what would make it work.
+    """
+    if packing == "none" or not linear_attention_layers(hf_config):
+        return
+    libraries = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
+    missing = [name for module, name in libraries.items() if find_spec(module) is None]
+    if device_type == "cuda" and not missing:
+        return
+    needed = "install" if device_type == "cuda" else "train on a GPU with"
+    raise ModelError(
+        f"{hf_config.model_type} has linear attention, which would carry one document of a packed row into "
+        f"the next; use --data.packing none, or {needed} {' and '.join(missing or libraries.values())}"
+    )
+
+
 def grow_vocabulary(hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give added tokens a row where the vocabulary truly lacks it; Qwen's padded rows are used first."""
     if len(tokenizer) > hf_config.vocab_size:
@@ -145,25 +211,36 @@ def build_model(hf_config: PreTrainedConfig, *, attention: str, seed: int | None
     Args:
         hf_config: transformers' configuration.
         attention: `packed` or `sdpa`.
-        seed: initialise the weights with transformers' own rule, the same on every rank. None leaves them on the
-            meta device, to be filled by `models.weights.load_weights` after sharding.
+        seed: initialise the weights, on the CPU. None leaves them on the meta device: shard and `materialise` the
+            model, then `models.weights.load_weights` or `init_weights` fills it with the same values.
     """
     implementation = PACKED_ATTENTION if attention == "packed" else "sdpa"
-    if seed is not None:
-        torch.manual_seed(seed)
-    with torch.device("cpu" if seed is not None else "meta"):
+    with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(
-            hf_config, dtype=torch.float32, attn_implementation=implementation
+            hf_config,
+            dtype=torch.float32,
+            attn_implementation=implementation,
+            experts_implementation=_experts_implementation(hf_config),
         )
     hf.config.use_cache = True  # for generation; training never asks for a cache
     hf.train()
-    return PackedCausalLM(hf)
+    model = PackedCausalLM(hf)
+    if seed is not None:
+        materialise(model, torch.device("cpu"))
+        init_weights(model, seed)
+    return model
+
+
+def _experts_implementation(hf_config: PreTrainedConfig) -> str | None:
+    """transformers' default, one grouped matrix product for all experts; its rows must be whole 16 bytes in bf16."""
+    widths = hf_config.hidden_size, getattr(hf_config, "moe_intermediate_size", 0)
+    return "eager" if any(width % 8 for width in widths) else None
 
 
 def materialise(model: PackedCausalLM, device: torch.device) -> None:
     """Allocate a model that was built on the meta device, and rebuild what is not in a checkpoint.
 
-    Parameters are left uninitialised for `load_weights`; rotary buffers are computed anew; the tie is renewed,
+    Parameters are left uninitialised for `load_weights` or `init_weights`; rotary buffers are computed anew; the tie is renewed,
     since every parameter was replaced.
     """
     model.to_empty(device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedTokenizerBase
 
 from data.embedded import check_answer, questions
@@ -27,7 +28,9 @@ from models.build import (
 from models.causal_lm import PackedCausalLM
 from models.export import export_model, staged, write_model_files
 from models.generation import generate_answers
-from models.weights import LoadReport, load_weights
+from models.layers import sparse_layers
+from models.tensor_parallel import tensor_parallel_plan
+from models.weights import LoadReport, init_weights, load_weights
 from scripts.batching import open_batches
 from scripts.job import Job
 from scripts.model_card import model_card
@@ -36,40 +39,41 @@ from scripts.preparation import (
 )
 from trainer.config import ParallelConfig
 from trainer.distributed import raise_together
-from trainer.loop import evaluate_loss
-from trainer.loss import causal_lm_loss
+from trainer.loop import LossFunction, evaluate_loss
+from trainer.loss import causal_lm_loss, routed_causal_lm_loss
 from trainer.parallel import DTYPES, parallelise
 
 
 def build_sharded_model(
     job: Job, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh
 ) -> tuple[PackedCausalLM, LoadReport | None]:
-    """The model on this rank's device: sharded first, then filled from the checkpoint, unless weights are random."""
+    """The model on this rank's device: sharded first, then filled from the checkpoint or at random."""
     config = job.config.model
     folder = Path(job.prepared["model"]) if job.prepared["model"] else None
     random = folder is None or config.init == "random"
-    model = build_model(
-        read_model_config(config, folder, tokenizer),
-        attention=config.attention,
-        seed=job.config.seed if random else None,
-    )
-    shard(model, job.config.parallel, mesh)
+    hf_config = read_model_config(config, folder, tokenizer)
+    plan = tensor_parallel_plan(hf_config, job.config.parallel.tp)
+    model = build_model(hf_config, attention=config.attention, seed=None)
+    shard(model, job.config.parallel, mesh, plan)
     # Offloaded parameters live on the host; buffers are where the model computes.
     home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
-    if random:
-        model.to(home)
-    else:
-        materialise(model, home)
+    materialise(model, home)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(job.device)
     if random:
+        init_weights(model, job.config.seed)
         return model, None
     assert folder is not None
     return model, load_weights(model, folder)
 
 
-def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> None:
+def shard(
+    model: PackedCausalLM,
+    config: ParallelConfig,
+    mesh: DeviceMesh,
+    layer_plan: Mapping[str, ParallelStyle],
+) -> None:
     parallelise(
         model,
         config,
@@ -77,6 +81,19 @@ def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> No
         layer_classes=decoder_layer_classes(model),
         root_parameters=[model.head.weight],
         forward_methods=["generate"],
+        layer_plan=layer_plan,
+    )
+
+
+def training_loss(model: PackedCausalLM) -> LossFunction:
+    """Cross-entropy, and for a mixture of experts also the loss that balances them."""
+    hf_config = model.hf.config
+    if not sparse_layers(hf_config):
+        return causal_lm_loss
+    return partial(
+        routed_causal_lm_loss,
+        experts_per_token=hf_config.num_experts_per_tok,
+        aux_loss_coef=hf_config.router_aux_loss_coef,
     )
 
 
@@ -98,7 +115,9 @@ def judge_first_loss(
     if not first_loss_counts(job.config.model.check_first_loss, parameters):
         return micro_batches
     first = list(islice(micro_batches, job.grad_accum_steps))
-    loss = evaluate_loss(model, first, loss_fn=causal_lm_loss, device=job.device)
+    loss = evaluate_loss(
+        model, first, loss_fn=causal_lm_loss, device=job.device, parallel=job.config.parallel
+    )
     vocab_size = model.hf.config.vocab_size
     check_first_loss(loss, vocab_size=vocab_size)
     say(f"first loss {loss:.2f}; a guess costs {math.log(vocab_size):.2f}")
@@ -121,7 +140,10 @@ def evaluate_model(
         for source in job.prepared["evaluation"]
     ]
     batches = open_batches(job, mix(sources), tokenizer, training=False)
-    values = {"eval_loss": evaluate_loss(model, batches, loss_fn=causal_lm_loss, device=job.device)}
+    loss = evaluate_loss(
+        model, batches, loss_fn=causal_lm_loss, device=job.device, parallel=config.parallel
+    )
+    values = {"eval_loss": loss}
     if uses_embedded_data(config) and config.evaluation.generate_rows > 0:
         asked = questions("test", config.evaluation.generate_rows)
         answers = generate_answers(
@@ -130,6 +152,7 @@ def evaluate_model(
             [prompt for prompt, _ in asked],
             max_new_tokens=config.evaluation.max_new_tokens,
             device=job.device,
+            copies=job.ranks.world_size // job.data_rank.size,
         )
         model.reshard()  # type: ignore[operator]  # a method of FSDP modules
         right = sum(
@@ -173,6 +196,7 @@ def export(
             is_writer=job.ranks.is_first,
             source=Path(job.prepared["model"]) if job.prepared["model"] else None,
             card=partial(model_card, job.output_dir, step),
+            verify=job.config.checkpoint.verify_export,
         )
     except (OSError, ValueError) as reason:
         error = str(reason)

@@ -14,7 +14,13 @@ class ParallelConfig:
     """Data-parallel replicas of the sharded model; above 1 with dp_shard above 1 is hybrid sharding (HSDP)."""
 
     dp_shard: int = -1
-    """Ranks that share one copy of the parameters; -1 takes all that dp_replicate leaves."""
+    """Data-parallel ranks that share one copy of the parameters; -1 takes all that the other axes leave."""
+
+    cp: int = 1
+    """Context parallelism: ranks that share the tokens of one packed row, and its copy of the parameters with the dp_shard ranks."""
+
+    tp: int = 1
+    """Tensor parallelism: neighbouring ranks that share the heads and the width of each layer and work on the same rows."""
 
     wrap_policy: str = "transformer"
     """Which modules FSDP shards as one group: transformer (the decoder layers), size, module:ClassA,ClassB (classes of the model), or callable:package.function."""
@@ -115,11 +121,23 @@ class CheckpointConfig:
     keep_last: int = 2
     """Checkpoints to keep; older ones are removed after a newer one is complete. 0 keeps all."""
 
-    asynchronous: bool = False
-    """Write checkpoints in the background while training goes on."""
+    keep_every: int = 0
+    """Keep the checkpoint of every step that is a multiple of this for ever; 0 keeps none but the last."""
+
+    asynchronous: bool = True
+    """Write checkpoints in the background while training goes on: the loop waits for a copy in host memory only. One at a time is under way."""
+
+    verify: Literal["full", "sizes"] = "full"
+    """What is compared before a checkpoint is loaded: the SHA-256 of every file, or the sizes only."""
+
+    mirror: str | None = None
+    """URL of a folder of any store that fsspec opens (s3://bucket/run) to which every checkpoint is copied; a run that finds a newer one there than in output_dir continues from it."""
 
     export: bool = True
     """Write a Hugging Face model to OUTPUT_DIR/export at the end."""
+
+    verify_export: bool = True
+    """Read every file of the export again and compare it, by SHA-256, with what it should hold; costs one more read."""
 
 
 @dataclass(frozen=True)

@@ -203,9 +203,9 @@ def start(ranks: Ranks, device_type: Literal["cpu", "cuda"]) -> torch.device:
     return device
 
 
-def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Sums over all ranks, in float64."""
-    return _reduced(values, dist.ReduceOp.SUM)
+def sum_over_ranks(values: Sequence[float], *, copies: int = 1) -> list[float]:
+    """Sums over all ranks, in float64, of values that `copies` ranks at a time hold alike."""
+    return [total / copies for total in _reduced(values, dist.ReduceOp.SUM)]
 
 
 def max_over_ranks(values: Sequence[float]) -> list[float]:
@@ -220,12 +220,16 @@ def _reduced(values: Sequence[float], operation: Any) -> list[float]:
     return tensor.tolist()
 
 
-def gather(value: Any) -> list[Any]:
-    """The values of all ranks, in their order, on every rank; a value is what pickle can hold."""
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The values of all ranks, in their order, on every rank; a value is what pickle can hold.
+
+    A thread beside the loop gives a `group` of its own, which holds every rank too. Without one, a process without
+    ranks is the only one.
+    """
     values = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if group is not None or (dist.is_initialized() and dist.get_world_size() > 1):
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 

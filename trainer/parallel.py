@@ -1,13 +1,15 @@
 """Sharding from outside: a plain single-device module becomes a sharded one, in a fixed order.
 
-Activation checkpointing, then compile, then `fully_shard`: hooks of FSDP stay outside of what is recomputed or
-compiled, and parameter names never change.
+Tensor parallelism, then activation checkpointing, then compile, then `fully_shard`: hooks of FSDP stay outside of what is
+recomputed or compiled, and parameter names never change.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +32,7 @@ from torch.distributed.fsdp.wrap import (
     transformer_auto_wrap_policy,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from trainer.config import ParallelConfig
@@ -42,30 +45,66 @@ WrapPolicy = Callable[..., bool]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> DeviceMesh:
-    """Mesh of the axes `dp_replicate` and `dp_shard`, whose product is the world size.
+@dataclass(frozen=True)
+class DataRank:
+    """Which part of the data a rank works on. Ranks that differ along `cp` and `tp` only work on the same rows."""
+
+    rank: int
+    size: int
+
+
+def data_rank(config: ParallelConfig, *, rank: int, world_size: int) -> DataRank:
+    """The place of `rank` along `dp_replicate` and `dp_shard`; raises as `mesh_sizes`."""
+    sizes = mesh_sizes(config, world_size=world_size)
+    return DataRank(
+        rank // (sizes["cp"] * sizes["tp"]), size=sizes["dp_replicate"] * sizes["dp_shard"]
+    )
+
+
+def mesh_sizes(config: ParallelConfig, *, world_size: int) -> dict[str, int]:
+    """Ranks along the axes `dp_replicate`, `dp_shard`, `cp` and `tp`, the last one changing fastest.
 
     Raises:
-        TrainError: it is not, or `reshard_after_forward` is a number that does not divide `dp_shard`.
+        TrainError: their product is not the world size, or `reshard_after_forward` is a number that does not divide
+            the ranks that share a copy of the parameters.
     """
-    replicate, shard = config.dp_replicate, config.dp_shard
-    if shard == -1:
-        shard = world_size // max(replicate, 1)
-    if replicate < 1 or shard < 1 or replicate * shard != world_size:
+    sizes = {name: getattr(config, name) for name in ("dp_replicate", "dp_shard", "cp", "tp")}
+    if config.dp_shard == -1:
+        sizes["dp_shard"] = world_size // max(config.dp_replicate * config.cp * config.tp, 1)
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != world_size:
+        axes = " x ".join(f"parallel.{name} {getattr(config, name)}" for name in sizes)
         raise TrainError(
-            f"parallel.dp_replicate {config.dp_replicate} x parallel.dp_shard {config.dp_shard} does not make "
-            f"{world_size} ranks; --parallel.dp_shard -1 takes what dp_replicate leaves"
+            f"{axes} does not make {world_size} ranks; "
+            "--parallel.dp_shard -1 takes what the others leave, if they divide the ranks"
         )
-    keep = config.reshard_after_forward
+    keep, shard = config.reshard_after_forward, sizes["dp_shard"] * sizes["cp"]
     if not isinstance(keep, bool) and (keep < 2 or shard % keep):
         divisors = [str(n) for n in range(2, shard) if shard % n == 0]
         raise TrainError(
-            f"parallel.reshard_after_forward {keep} does not divide the {shard} ranks of parallel.dp_shard; "
-            f"use {', '.join([*divisors, 'true'])} or false"
+            f"parallel.reshard_after_forward {keep} does not divide the {shard} ranks of parallel.dp_shard"
+            f"{' x parallel.cp' * (config.cp > 1)}; use {', '.join([*divisors, 'true'])} or false"
         )
-    return init_device_mesh(
-        device_type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard")
-    )
+    return sizes
+
+
+def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> DeviceMesh:
+    """Mesh of the axes of `mesh_sizes`; raises as that does."""
+    sizes = mesh_sizes(config, world_size=world_size)
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def fsdp_mesh(mesh: DeviceMesh, *, tp: bool = False) -> DeviceMesh:
+    """The axes of FSDP: parameters are sharded over the last, and replicated over the first of two.
+
+    Ranks along `cp` share the parameters like those along `dp_shard`: all of them reduce gradients together. So do with
+    `tp` those along `tp`, for parameters that tensor parallelism leaves whole: their gradients are alike there, and so
+    is the average.
+    """
+    axes = [name for name in ("cp", "tp") if mesh[name].size() > 1 and (tp or name == "cp")]
+    shards = mesh["dp_shard", *axes]._flatten("_".join(["dp_shard", *axes]))
+    # A mesh of (1, n) must not all-reduce over a single replica.
+    replicas = mesh["dp_replicate"]
+    return shards if replicas.size() == 1 else DeviceMesh._concatenate([replicas, shards])
 
 
 def wrap_policy(
@@ -182,8 +221,9 @@ def parallelise(
     layer_classes: Collection[type[nn.Module]],
     root_parameters: Collection[nn.Parameter] = (),
     forward_methods: Iterable[str] = (),
+    layer_plan: Mapping[str, ParallelStyle] | None = None,
 ) -> list[nn.Module]:
-    """Apply activation checkpointing, compile and FSDP2 to `model`, in place.
+    """Apply tensor parallelism, activation checkpointing, compile and FSDP2 to `model`, in place.
 
     Args:
         model: fp32 parameters, real or on the meta device.
@@ -192,11 +232,18 @@ def parallelise(
         layer_classes: the decoder layers: what is recomputed and what is compiled.
         root_parameters: see `select_groups`.
         forward_methods: methods of `model`, beside `forward`, that run the model.
+        layer_plan: how modules of a decoder layer, by their name in it, are split over `tp`.
 
     Returns:
         The groups that were sharded, the root last.
     """
     layers = [module for module in model.modules() if isinstance(module, tuple(layer_classes))]
+    if config.tp > 1:
+        # It would say on every rank that gathering a parameter of both axes, as for an export, takes two steps.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        for layer in layers:
+            # Every rank has the same whole parameters, or none yet: each takes its part of its own.
+            parallelize_module(layer, mesh["tp"], dict(layer_plan or {}), src_data_rank=None)
     checkpoint_activations(layers, config)
     if config.compile:
         for layer in layers:
@@ -217,12 +264,15 @@ def parallelise(
     on_gpu = mesh.device_type == "cuda"
     # Pinned memory is copied while the GPU computes.
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
-    # A mesh of (1, n) must not all-reduce over a single replica.
-    mesh = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh
+    over_tp, beside_tp = fsdp_mesh(mesh, tp=True), fsdp_mesh(mesh)
     for group in groups:
+        # What the groups inside it have taken lies on a mesh with dp_shard by now.
+        split = any(
+            isinstance(p, DTensor) and p.device_mesh == mesh["tp"] for p in group.parameters()
+        )
         fully_shard(
             group,
-            mesh=mesh,
+            mesh=beside_tp if split else over_tp,
             mp_policy=precision,
             # Backward needs the root's parameters at once: freeing them after forward would only gather them twice.
             reshard_after_forward=False if group is model else config.reshard_after_forward,
@@ -289,7 +339,7 @@ class PlanRow:
     master_bytes: int
     """Of fp32 masters on the rank that holds most of them; gradients are as many, AdamW's state twice as many."""
     gathered_bytes: int
-    """While the group computes."""
+    """While the group computes; of what tensor parallelism splits, a rank's part."""
 
 
 def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
@@ -306,20 +356,23 @@ def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
                 group=name or "(root)",
                 parameters=numel,
                 master_bytes=sum(_largest_shard(p) * p.element_size() for p in parameters),
-                gathered_bytes=numel * DTYPES[config.param_dtype].itemsize,
+                gathered_bytes=sum(_largest_shard(p, of="tp") for p in parameters)
+                * DTYPES[config.param_dtype].itemsize,
             )
         )
     return rows[::-1]
 
 
-def _largest_shard(parameter: nn.Parameter) -> int:
-    """Elements on the first rank, which holds the most where the first dimension cannot be divided."""
+def _largest_shard(parameter: nn.Parameter, *, of: str | None = None) -> int:
+    """Elements on the first rank, which holds the most where a dimension cannot be divided; split over all axes or one."""
     assert isinstance(parameter, DTensor)
-    shards = 1
-    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
-        shards *= size if placement.is_shard() else 1
-    rows = parameter.shape[0]
-    return -(-rows // shards) * (parameter.numel() // rows)
+    mesh, sizes = parameter.device_mesh, list(parameter.shape)
+    axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
+    for name, ranks, placement in reversed(list(axes)):  # tp split it first
+        if of in (None, name) and not placement.is_replicate():
+            dim: int = getattr(placement, "dim")  # noqa: B009  # of both kinds of shards
+            sizes[dim] = -(-sizes[dim] // ranks)
+    return math.prod(sizes)
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
