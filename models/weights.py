@@ -23,6 +23,8 @@ SINGLE_FILE = "model.safetensors"
 
 # What a parameter may be stored as, by its name in safetensors and in torch. All others are quantised.
 _FLOAT_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What partial training adds to a model, and no pretrained one has.
+_ADDED = re.compile(r"\.(lora_\w+|token_rows)(\.|$)")
 # Computed from config.json today; old exports still hold it.
 _COMPUTED = r"(^|\.)rotary_emb\.inv_freq$"
 
@@ -55,6 +57,16 @@ class LoadReport:
     def summary(self) -> dict[str, Any]:
         """As JSON can hold it: how many were plainly loaded, and the names of all others."""
         return {**asdict(self), "loaded": len(self.loaded)}
+
+
+def pretrained_name(name: str) -> str | None:
+    """The name in a pretrained model of a parameter, around which peft may have put a `base_layer`; None of an adapter's own."""
+    return None if _ADDED.search(name) else name.replace(".base_layer.", ".")
+
+
+def named_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same by their names in a pretrained model, without what adapters have added."""
+    return {known: tensor for name, tensor in tensors.items() if (known := pretrained_name(name))}
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -108,7 +120,8 @@ def load_weights(model: PackedCausalLM, folder: Path) -> LoadReport:
     """
     files = tensor_files(folder)
     stored = _open_tensors(files)
-    parameters = dict(model.hf.named_parameters())  # a tied head appears once, as the embedding
+    # A tied head appears once, as the embedding.
+    parameters = named_tensors(dict(model.hf.named_parameters()))
     ties: dict[str, str] = {
         name: source
         for name, source in dict(model.hf._tied_weights_keys or {}).items()
@@ -240,4 +253,5 @@ def _shown(names: list[str], most: int = 5) -> str:
 def export_tensors(model: PackedCausalLM) -> Mapping[str, Tensor]:
     """The model's parameters and persistent buffers by their name on the hub; a tied head is left out."""
     skip = set(model.hf._tied_weights_keys or ()) if model.hf.config.tie_word_embeddings else set()
-    return {name: tensor for name, tensor in model.hf.state_dict().items() if name not in skip}
+    tensors = named_tensors(model.hf.state_dict())
+    return {name: tensor for name, tensor in tensors.items() if name not in skip}

@@ -92,7 +92,7 @@ def prove_checkpoint(
     """
     before = _fingerprints(model, optimizer)
     with torch.no_grad():
-        for tensor in _tensors(model, optimizer).values():
+        for tensor in _tensors(model, optimizer, saved=True).values():
             tensor.zero_()
     checkpoint = checkpointer.newest()
     if checkpoint is None:
@@ -119,10 +119,14 @@ def summary(folder: Path) -> str:
     )
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """This rank's part of every parameter and of its optimizer state."""
+def _tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, saved: bool = False
+) -> dict[str, Tensor]:
+    """This rank's part of every parameter, or of those a checkpoint holds, and of its optimizer state."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
+        if saved and not parameter.requires_grad:
+            continue
         state = {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
         for key, value in {name: parameter, **state}.items():
             if isinstance(value, Tensor):

@@ -23,11 +23,12 @@ from data.prepare import Task, prepare_tokens, tokenizer_key
 from data.sources import Row, hub_commit, load_rows, shown_url, stream_rows
 from data.store import open_packed, open_tokens, prepare_packs
 from data.streaming import stream_format
-from models.build import check_fits, read_model_config
+from models.build import build_model, check_fits, read_model_config
 from models.errors import ModelError
 from models.hub import check_snapshot, fetch_model
 from models.tokenizer import load_tokenizer
 from scripts.config import TrainConfig
+from scripts.partial import freeze_rest, trains_part
 
 
 def prepare(
@@ -101,11 +102,12 @@ def prepare_model(
             chosen.tokenizer, revision=None, cache_dir=cache_dir, only_tokenizer=True
         ).path
     tokenizer = read_tokenizer(config, cache_dir, str(tokenizer_folder))
-    check_fits(
-        read_model_config(chosen, model_folder, tokenizer),
-        tokenizer,
-        seq_len=config.data.seq_len,
-    )
+    hf_config = read_model_config(chosen, model_folder, tokenizer)
+    check_fits(hf_config, tokenizer, seq_len=config.data.seq_len)
+    if trains_part(
+        config
+    ):  # on a model without weights: what it lacks is said before anything is tokenised
+        freeze_rest(build_model(hf_config, attention="sdpa", seed=None), config)
     return {
         "model": str(model_folder) if model_folder else None,
         "model_commit": model_commit,

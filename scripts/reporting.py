@@ -141,8 +141,11 @@ def footer(job: Job, before: dict[str, float], after: dict[str, float], *, mfu_p
             if key in after:
                 old = f"{before[key]:.2f}" if key in before else "-"
                 lines.append(f"{name:<16}{old:>10}{after[key]:>10.2f}")
-    if job.config.checkpoint.export:
-        lines.append(f"exported to {job.output_dir / 'export'}")
+    export = job.config.checkpoint.export
+    folders = {"adapter": ["adapter"], "both": ["export", "adapter"], True: ["export"]}
+    if export:
+        places = " and ".join(str(job.output_dir / name) for name in folders[export])
+        lines.append(f"exported to {places}")
     lines.append(f"metrics in {job.output_dir / 'metrics.jsonl'} (MFU against: {mfu_peak})")
     return "\n".join(lines)
 

@@ -29,6 +29,7 @@ from scripts.modelling import (
     judge_first_loss,
     save_model_files,
 )
+from scripts.partial import check_part, part_record
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -109,8 +110,8 @@ def _run(job: Job) -> int:
         head=model.head.weight,
     )
     checkpointer = Checkpointer(job.output_dir / "checkpoints", model, optimizer, config.checkpoint)
-    order = order_of_samples(job, mixture, tokenizer)
-    progress, states = resume(job, checkpointer, order)
+    order, part = order_of_samples(job, mixture, tokenizer), part_record(job, model)
+    progress, states = resume(job, checkpointer, order, part)
     batches = (
         open_stream(job, tokenizer, states)
         if mixture is None
@@ -118,7 +119,7 @@ def _run(job: Job) -> int:
     )
 
     def save(now: Progress) -> None:
-        state: dict[str, Any] = {"samples": now.samples, "order": order}
+        state: dict[str, Any] = {"samples": now.samples, "order": order, "partial": part}
         if isinstance(batches, StreamedBatches):
             state["stream"] = gather(batches.state)
         checkpointer.save(now.step, state)
@@ -206,7 +207,7 @@ def _run(job: Job) -> int:
 
 
 def resume(
-    job: Job, checkpointer: Checkpointer, order: dict[str, Any]
+    job: Job, checkpointer: Checkpointer, order: dict[str, Any], part: dict[str, Any] | None
 ) -> tuple[Progress, list[dict[str, int]] | None]:
     """Continue from a checkpoint if there is one to continue from.
 
@@ -214,7 +215,8 @@ def resume(
         How far it was, and of a stream the state of each rank.
 
     Raises:
-        TrainError: `--resume never` would mix two runs; or the checkpoint counts samples in another order.
+        TrainError: `--resume never` would mix two runs; or the checkpoint counts samples in another order, or
+            holds another part of a model.
     """
     wanted = job.config.resume
     if wanted == "never":
@@ -229,6 +231,7 @@ def resume(
     checkpoint = checkpointer.newest() if wanted == "auto" else Path(wanted)
     if checkpoint is None:
         return Progress(), None
+    check_part(checkpoint, part)
     state = checkpointer.restore(checkpoint)
     was, now = _flat(state["order"]), _flat(order)
     changed = {

@@ -27,13 +27,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from trainer.config import CheckpointConfig
 from trainer.distributed import raise_together
 from trainer.errors import TrainError
 
 MANIFEST = "manifest.json"
+# What is frozen is not saved; `dcp.load` has already refused a checkpoint that lacks something else.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Checkpointer:
@@ -86,7 +92,9 @@ class Checkpointer:
             except OSError as reason:
                 error = _cannot_save(final, reason)
         raise_together(error)
-        model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
+        model_state, optimizer_state = get_state_dict(
+            self._model, self._optimizer, options=_TRAINED
+        )
         tensors = {"model": model_state, "optimizer": optimizer_state}
 
         if self._group is not None:
@@ -189,7 +197,9 @@ class Checkpointer:
         problem = damage(checkpoint) if self._is_first else None
         raise_together(f"{checkpoint} is not an intact checkpoint: {problem}" if problem else None)
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
+        model_state, optimizer_state = get_state_dict(
+            self._model, self._optimizer, options=_TRAINED
+        )
         tensors = {"model": model_state, "optimizer": optimizer_state}
         try:
             dcp.load(tensors, checkpoint_id=checkpoint / "tensors")
@@ -202,6 +212,7 @@ class Checkpointer:
             self._optimizer,
             model_state_dict=model_state,
             optim_state_dict=optimizer_state,
+            options=_TRAINED,
         )
         if len(state["rng_states"]) == dist.get_world_size():
             rng = base64.b64decode(state["rng_states"][dist.get_rank()])

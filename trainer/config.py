@@ -118,8 +118,8 @@ class CheckpointConfig:
     asynchronous: bool = False
     """Write checkpoints in the background while training goes on."""
 
-    export: bool = True
-    """Write a Hugging Face model to OUTPUT_DIR/export at the end."""
+    export: bool | Literal["adapter", "both"] = True
+    """Write a Hugging Face model to OUTPUT_DIR/export at the end, adapters merged into it; adapter writes them alone, in peft's format, to OUTPUT_DIR/adapter; both writes both."""
 
 
 @dataclass(frozen=True)
