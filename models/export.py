@@ -138,8 +138,6 @@ def write_adapter_folder(
     with staged(folder, replace=replace) as staging:
         write_adapter(staging, tensors, config)
         tokenizer.save_pretrained(staging)
-        # peft has written a card of its own, which says nothing.
-        (staging / CARD_FILE).unlink(missing_ok=True)
         if card is not None:
             (staging / CARD_FILE).write_text(card, encoding="utf-8")
 

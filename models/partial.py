@@ -8,6 +8,7 @@ Shapes: D inputs and F outputs of a linear layer, R the rank of its adapter.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -221,8 +222,12 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: peft.Lora
         for name, tensor in tensors.items()
     }
     save_file(renamed, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
+    values = config.to_dict() | {
+        "inference_mode": True,
+        "target_modules": sorted(config.target_modules or ()),
+    }
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def fingerprint(folder: Path) -> str:

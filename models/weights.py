@@ -25,7 +25,6 @@ SINGLE_FILE = "model.safetensors"
 _FLOAT_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What partial training adds to a model, and no pretrained one has.
 _ADDED = re.compile(r"\.(lora_\w+|token_rows)(\.|$)")
-# Computed from config.json today; old exports still hold it.
 _COMPUTED = r"(^|\.)rotary_emb\.inv_freq$"
 
 
@@ -62,6 +61,11 @@ class LoadReport:
 def pretrained_name(name: str) -> str | None:
     """The name in a pretrained model of a parameter, around which peft may have put a `base_layer`; None of an adapter's own."""
     return None if _ADDED.search(name) else name.replace(".base_layer.", ".")
+
+
+def is_computed(name: str) -> bool:
+    """Whether it is computed from config.json today; old exports still hold it."""
+    return re.search(_COMPUTED, name) is not None
 
 
 def named_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -58,6 +58,7 @@ def plan_table(model: nn.Module, config: ParallelConfig) -> str:
         "all",
         sum(row.parameters for row in rows),
         sum(row.master_bytes for row in rows),
+        sum(row.trained_bytes for row in rows),
         sum(row.gathered_bytes for row in rows),
     )
     lines = [("group", "parameters", "MiB per rank", "MiB gathered")]
@@ -77,7 +78,7 @@ def plan_table(model: nn.Module, config: ParallelConfig) -> str:
         for name, *numbers in lines
     )
     return (
-        f"\n{table}\nWith gradients and the optimizer's state a rank holds {4 * total.master_bytes / _MIB:,.2f} MiB, "
+        f"\n{table}\nWith gradients and the optimizer's state a rank holds {(total.master_bytes + 3 * total.trained_bytes) / _MIB:,.2f} MiB, "
         "beside gathered groups and activations.\n"
     )
 

@@ -3,22 +3,24 @@
 python scripts/export.py OUTPUT_DIR/checkpoints/step-00000020 DIR
 python scripts/export.py OUTPUT_DIR DIR     (its newest intact checkpoint)
 
-Tensors are read and written one at a time.
+Tensors are read and written one at a time. Of a run that trained a part of a model, the rest comes from its base model.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
     import torch
+
+    from trainer.stored import StoredTensors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +52,17 @@ def main(argv: list[str] | None = None) -> int:
         default="true",
         help="read what was written and compare every bit with the checkpoint (default: true)",
     )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="folder of the model that adapters or last layers were trained on (default: where it was)",
+    )
+    parser.add_argument(
+        "--adapter",
+        choices=("true", "false"),
+        default="false",
+        help="write the adapters alone, in float32 and peft's format, not merged (default: false)",
+    )
     arguments = parser.parse_args(argv)
     if not arguments.max_shard_gib > 0:
         parser.error("--max_shard_gib must be above 0")
@@ -61,12 +74,17 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         checkpoint = find_checkpoint(arguments.checkpoint)
+        if arguments.adapter == "true":
+            count = export_adapter_of(checkpoint, arguments.folder, base=arguments.base)
+            print(f"{count} tensors of {checkpoint.name}, exported to {arguments.folder}")
+            return 0
         count = export_checkpoint(
             checkpoint,
             arguments.folder,
             dtype=getattr(torch, arguments.dtype),
             max_shard_bytes=int(arguments.max_shard_gib * 2**30),
             verify=arguments.verify == "true",
+            base=arguments.base,
         )
         size = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))
         compared = ", compared with the checkpoint" if arguments.verify == "true" else ""
@@ -113,14 +131,18 @@ def export_checkpoint(
     dtype: torch.dtype,
     max_shard_bytes: int,
     verify: bool,
+    base: Path | None = None,
 ) -> int:
     """Write a checkpoint as a Hugging Face folder, which appears at once and complete.
+
+    `base` is where the model is now that a checkpoint holds a part of.
 
     Returns:
         How many tensors were written.
 
     Raises:
-        ModelError: the folder is there or cannot be written, or is not what the checkpoint holds.
+        ModelError: the folder is there or cannot be written, or is not what the checkpoint holds; or the
+            base model is not there.
         TrainError: the checkpoint lacks a tensor, or the run its model folder.
     """
     import json
@@ -141,18 +163,85 @@ def export_checkpoint(
     output_dir = checkpoint.absolute().parents[1]
     stored = StoredTensors(checkpoint)
 
-    def read(name: str) -> torch.Tensor:
-        return stored.read(f"hf.{name}", dtype)
+    read, shapes = _reader(state, stored, dtype, base)
 
     with staged(folder, replace=False) as staging:
         copy_model_files(_model_files(output_dir), staging, dtype=dtype)
         model = empty_model(staging)
         tensors = export_tensors(model)
-        _check_fits(checkpoint, stored.shapes(), model.hf.state_dict(), tensors)
+        _check_fits(checkpoint, shapes, model.hf.state_dict(), tensors)
         write_weights(staging, tensors, read, dtype=dtype, max_shard_bytes=max_shard_bytes)
         (staging / CARD_FILE).write_text(model_card(output_dir, state["step"]), encoding="utf-8")
         if verify:
             verify_export(staging, read, dtype=dtype)
+    return len(tensors)
+
+
+def _reader(
+    state: dict[str, Any], stored: StoredTensors, dtype: torch.dtype, base: Path | None
+) -> tuple[Callable[[str], torch.Tensor], dict[str, torch.Size]]:
+    """What reads whole tensors by name, adapters merged, and the shapes of all there are."""
+    import torch
+
+    from models.partial import merged
+    from models.weights import pretrained_name
+    from scripts.partial import lora_of, open_base
+
+    held = {name.removeprefix("hf."): shape for name, shape in stored.shapes().items()}
+    record = state.get("partial")
+    if record is None:
+        return lambda name: stored.read(f"hf.{name}", dtype), held
+    read_base, base_shapes = open_base(record, base)
+
+    def read(name: str) -> torch.Tensor:
+        return stored.read(f"hf.{name}", torch.float32) if name in held else read_base(name)
+
+    trained = {name: shape for name, shape in held.items() if pretrained_name(name)}
+    return merged(read, held, lora_of(record)), {**base_shapes, **trained}
+
+
+def export_adapter_of(checkpoint: Path, folder: Path, *, base: Path | None) -> int:
+    """Write the adapters of a checkpoint as `PeftModel.from_pretrained` reads them; returns how many tensors.
+
+    Raises:
+        ModelError: the folder is there or cannot be written.
+        TrainError: the checkpoint has no adapters.
+    """
+    import json
+
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from models.export import write_adapter_folder
+    from models.weights import pretrained_name
+    from scripts.model_card import model_card
+    from scripts.partial import adapter_config
+    from trainer.errors import TrainError
+    from trainer.stored import StoredTensors
+
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    record = state.get("partial")
+    if record is None or not record["lora"]["rank"]:
+        raise TrainError(f"{checkpoint} has no adapters; leave --adapter out")
+    if base is not None:
+        record["base"] |= {"folder": str(base.absolute()), "commit": None}
+    output_dir = checkpoint.absolute().parents[1]
+    files = _model_files(output_dir)
+    stored = StoredTensors(checkpoint)
+    tensors = {
+        name.removeprefix("hf."): stored.read(name, torch.float32)
+        for name in stored.shapes()
+        if pretrained_name(name) is None
+    }
+    layers = AutoConfig.from_pretrained(files).num_hidden_layers
+    write_adapter_folder(
+        folder,
+        tensors,
+        AutoTokenizer.from_pretrained(files),
+        config=adapter_config(record, layers=layers),
+        card=model_card(output_dir, state["step"], library="peft"),
+        replace=False,
+    )
     return len(tensors)
 
 
@@ -175,11 +264,11 @@ def _check_fits(
     model: Mapping[str, torch.Tensor],
     exported: Mapping[str, torch.Tensor],
 ) -> None:
-    """Every exported tensor is in the checkpoint with its shape, and nothing is there that the model lacks."""
+    """Every exported tensor is there with its shape, and nothing that the model lacks."""
     from trainer.errors import TrainError
 
-    wrong = [name for name in exported if stored.get(f"hf.{name}") != exported[name].shape]
-    wrong += [name for name in stored if name.removeprefix("hf.") not in model]
+    wrong = [name for name in exported if stored.get(name) != exported[name].shape]
+    wrong += [name for name in stored if name not in model]
     if wrong:
         raise TrainError(
             f"{checkpoint} does not fit the config.json of its run: {len(wrong)} tensors are missing, "

@@ -8,11 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
 from models.causal_lm import PackedCausalLM
 from models.config import LoraConfig
 from models.errors import ModelError
 from models.partial import adapted, fingerprint, freeze, peft_config
-from models.weights import tensor_files
+from models.weights import is_computed, tensor_files
 from scripts.config import TrainConfig
 from scripts.job import Job
 from trainer.errors import TrainError
@@ -20,7 +24,6 @@ from trainer.parallel import DTYPES
 
 if TYPE_CHECKING:
     import peft
-    from torch import Tensor
 
 
 def trains_part(config: TrainConfig) -> bool:
@@ -35,6 +38,17 @@ def freeze_rest(model: PackedCausalLM, config: TrainConfig) -> None:
         last_layers=config.model.train_last_layers,
         dtype=DTYPES[config.parallel.param_dtype],
     )
+
+
+def flops_of_part(config: TrainConfig, model: PackedCausalLM) -> dict[str, Any]:
+    """The keywords of `models.flops.training_flops` that say what is trained."""
+    last, adapters = config.model.train_last_layers, config.lora.rank > 0
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "front_layers": model.hf.config.num_hidden_layers - last if last else 0,
+        "frozen": adapters,
+        "adapter_parameters": trained if adapters else 0,
+    }
 
 
 def part_record(job: Job, model: PackedCausalLM) -> dict[str, Any] | None:
@@ -118,8 +132,10 @@ def adapter_config(record: dict[str, Any], *, layers: int) -> peft.LoraConfig:
     )
 
 
-def open_base(record: dict[str, Any], folder: Path | None) -> Callable[[str], Tensor]:
-    """A reader of the frozen weights by name, in the type the run held them in.
+def open_base(
+    record: dict[str, Any], folder: Path | None
+) -> tuple[Callable[[str], Tensor], dict[str, torch.Size]]:
+    """A reader of the frozen weights by name, in the type the run held them in, and their shapes.
 
     Args:
         record: of the checkpoint.
@@ -128,9 +144,6 @@ def open_base(record: dict[str, Any], folder: Path | None) -> Callable[[str], Te
     Raises:
         ModelError: it is not there, or it is another model.
     """
-    import torch
-    from safetensors import safe_open
-
     base = record["base"]
     folder = folder or Path(base["folder"])
     remedy = f"give --base DIR with {_named(base)}, which the checkpoint was trained on"
@@ -145,4 +158,8 @@ def open_base(record: dict[str, Any], folder: Path | None) -> Callable[[str], Te
         with safe_open(files[name], framework="pt") as file:
             return file.get_tensor(name).to(dtype)
 
-    return read
+    shapes = {}
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return read, {name: shape for name, shape in shapes.items() if not is_computed(name)}

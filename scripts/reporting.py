@@ -18,10 +18,12 @@ from data.config import source_configs
 from data.ledger import Ledger
 from data.mixture import Mixture
 from models.causal_lm import PackedCausalLM
+from models.partial import adapted
 from models.weights import LoadReport
 from scripts.command_line import printable, to_yaml
 from scripts.config import TrainConfig
 from scripts.ledger import anything_left_out, ledger_table
+from scripts.partial import trains_part
 from trainer.loop import Progress
 from trainer.parallel import precision_table
 
@@ -56,10 +58,12 @@ def header(
         config.parallel,
         state_dtype=config.optimizer.state_dtype,
         export_dtype=config.model.dtype,
+        partial=trains_part(config),
     )
     rows = {
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
         f"{human(parameters)} parameters, {weights or 'random weights'}",
+        **({"trained": trained_line(model, config)} if trains_part(config) else {}),
         **(
             {"data": f"{job.prepared['stream']['name']}, read while training"}
             if mixture is None
@@ -84,6 +88,29 @@ def header(
         if anything_left_out(source.ledger)
     ]
     return "\n\n".join([table(rows), *tables]) + ("\n" if tables else "")
+
+
+def trained_line(model: PackedCausalLM, config: TrainConfig) -> str:
+    """How many of how many parameters are trained, and which."""
+    trained, parameters = parameter_counts(model)
+    lora, last = config.lora, config.model.train_last_layers
+    kind = "DoRA" if lora.dora else "LoRA"
+    what = (
+        f"{kind} of rank {lora.rank} on {', '.join(adapted(model))}"
+        if lora.rank
+        else "the norm, an untied head"
+    )
+    where = f" of the last {last} layers" if lora.rank else f" and the last {last} layers"
+    return (
+        f"{human(trained)} of {human(parameters)} parameters "
+        f"({100 * trained / parameters:.2g} %): {what}{where if last else ''}"
+    )
+
+
+def parameter_counts(model: PackedCausalLM) -> tuple[int, int]:
+    """Trained and all."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def data_rows(mixture: Mixture, seq_len: int) -> dict[str, str]:
@@ -151,9 +178,14 @@ def footer(job: Job, before: dict[str, float], after: dict[str, float], *, mfu_p
 
 
 def write_run_files(
-    job: Job, mesh: DeviceMesh, weights: LoadReport | None, mixture: Mixture | None
+    job: Job,
+    model: PackedCausalLM,
+    mesh: DeviceMesh,
+    weights: LoadReport | None,
+    mixture: Mixture | None,
 ) -> str | None:
     """Write config.yaml and run.json; returns the error line if that fails."""
+    trained, parameters = parameter_counts(model)
     run: dict[str, Any] = {
         "versions": {
             "python": platform.python_version(),
@@ -167,6 +199,8 @@ def write_run_files(
             "revision": job.config.model.revision,
             "commit": job.prepared["model_commit"],
             "weights": weights.summary() if weights else "random",
+            "parameters": parameters,
+            "trained_parameters": trained,
         },
         "data": {"sources": _sources_of_run(job, mixture)},
         "world_size": job.ranks.world_size,
@@ -176,6 +210,7 @@ def write_run_files(
             job.config.parallel,
             state_dtype=job.config.optimizer.state_dtype,
             export_dtype=job.config.model.dtype,
+            partial=trains_part(job.config),
         ),
         "global_batch_size": job.global_batch_size,
         "grad_accum_steps": job.grad_accum_steps,

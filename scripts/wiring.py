@@ -29,7 +29,7 @@ from scripts.modelling import (
     judge_first_loss,
     save_model_files,
 )
-from scripts.partial import check_part, part_record
+from scripts.partial import check_part, flops_of_part, part_record
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -131,7 +131,7 @@ def _run(job: Job) -> int:
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
     raise_together(
-        reporting.write_run_files(job, mesh, weights, mixture) if ranks.is_first else None
+        reporting.write_run_files(job, model, mesh, weights, mixture) if ranks.is_first else None
     )
     raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
     micro_batches = iter(batches)
@@ -183,7 +183,7 @@ def _run(job: Job) -> int:
             advance=writer.advance,
             stop=stop,
             speedometer=Speedometer(
-                flops=partial(training_flops, model.hf.config),
+                flops=partial(training_flops, model.hf.config, **flops_of_part(config, model)),
                 peak_flops=None if peak is None else peak * ranks.world_size,
             ),
         )

@@ -287,7 +287,9 @@ class PlanRow:
     """Name of the module in the model; the root is `(root)`."""
     parameters: int
     master_bytes: int
-    """Of fp32 masters on the rank that holds most of them; gradients are as many, AdamW's state twice as many."""
+    """Of what is kept, fp32 masters or frozen weights, on the rank that holds most of it."""
+    trained_bytes: int
+    """Of the masters among them; gradients are as many, AdamW's state twice as many."""
     gathered_bytes: int
     """While the group computes."""
 
@@ -305,21 +307,22 @@ def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
             PlanRow(
                 group=name or "(root)",
                 parameters=numel,
-                master_bytes=sum(_largest_shard(p) * p.element_size() for p in parameters),
+                master_bytes=sum(map(_largest_bytes, parameters)),
+                trained_bytes=sum(_largest_bytes(p) for p in parameters if p.requires_grad),
                 gathered_bytes=numel * DTYPES[config.param_dtype].itemsize,
             )
         )
     return rows[::-1]
 
 
-def _largest_shard(parameter: nn.Parameter) -> int:
-    """Elements on the first rank, which holds the most where the first dimension cannot be divided."""
+def _largest_bytes(parameter: nn.Parameter) -> int:
+    """On the first rank, which holds the most where the first dimension cannot be divided."""
     assert isinstance(parameter, DTensor)
     shards = 1
     for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
         shards *= size if placement.is_shard() else 1
     rows = parameter.shape[0]
-    return -(-rows // shards) * (parameter.numel() // rows)
+    return -(-rows // shards) * (parameter.numel() // rows) * parameter.element_size()
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
@@ -331,11 +334,12 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
 
 
 def precision_table(
-    config: ParallelConfig, *, state_dtype: str, export_dtype: str
+    config: ParallelConfig, *, state_dtype: str, export_dtype: str, partial: bool = False
 ) -> dict[str, str]:
-    """The precision contract of a run, for people and for run.json."""
+    """The precision contract of a run, for people and for run.json; `partial` training freezes what it does not train."""
     return {
         "masters": "float32",
+        **({"frozen weights": config.param_dtype} if partial else {}),
         "optimizer state": state_dtype,
         "compute and all-gather": config.param_dtype,
         "reduction": config.reduce_dtype,
