@@ -122,13 +122,15 @@ def export_adapter(
         if pretrained_name(name) is None
     }
     if is_writer:
-        write_adapter_folder(folder, tensors, tokenizer, config=config, card=card and card())
+        write_adapter_folder(
+            folder, tensors, tokenizer.save_pretrained, config=config, card=card and card()
+        )
 
 
 def write_adapter_folder(
     folder: Path,
     tensors: Mapping[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
+    save_tokenizer: Callable[[Path], object],
     *,
     config: peft.LoraConfig,
     card: str | None,
@@ -137,7 +139,7 @@ def write_adapter_folder(
     """Adapters, their configuration, tokenizer and model card; the folder appears at once, complete."""
     with staged(folder, replace=replace) as staging:
         write_adapter(staging, tensors, config)
-        tokenizer.save_pretrained(staging)
+        save_tokenizer(staging)
         if card is not None:
             (staging / CARD_FILE).write_text(card, encoding="utf-8")
 
@@ -227,6 +229,13 @@ def copy_model_files(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy of what `write_model_files` wrote the tokenizer alone."""
+    others = shutil.ignore_patterns("*.safetensors", INDEX_FILE, CARD_FILE, "*config.json")
+    shutil.copytree(source, folder, ignore=others, dirs_exist_ok=True)
+    shutil.copy(source / "tokenizer_config.json", folder)
 
 
 def empty_model(folder: Path) -> PackedCausalLM:

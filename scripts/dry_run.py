@@ -128,7 +128,9 @@ def _tensors(
     for name, parameter in model.named_parameters():
         if saved and not parameter.requires_grad:
             continue
-        state = {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+        state = {
+            f"{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()
+        }
         for key, value in {name: parameter, **state}.items():
             if isinstance(value, Tensor):
                 found[key] = value.to_local() if isinstance(value, DTensor) else value.detach()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,9 +211,9 @@ def export_adapter_of(checkpoint: Path, folder: Path, *, base: Path | None) -> i
     import json
 
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    from models.export import write_adapter_folder
+    from models.export import copy_tokenizer, write_adapter_folder
     from models.weights import pretrained_name
     from scripts.model_card import model_card
     from scripts.partial import adapter_config
@@ -237,7 +238,7 @@ def export_adapter_of(checkpoint: Path, folder: Path, *, base: Path | None) -> i
     write_adapter_folder(
         folder,
         tensors,
-        AutoTokenizer.from_pretrained(files),
+        partial(copy_tokenizer, files),
         config=adapter_config(record, layers=layers),
         card=model_card(output_dir, state["step"], library="peft"),
         replace=False,
