@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.attention import PACKED_ATTENTION
+from models.token_rows import head_weight
 
 Batch = Mapping[str, Tensor]
 
@@ -45,7 +46,7 @@ class PackedCausalLM(nn.Module):
             document_offsets=batch["document_offsets"],
             use_cache=False,
         ).last_hidden_state
-        weight = self.head.weight
+        weight = head_weight(self.head)
         return F.linear(hidden, weight) if head is None else head(hidden, weight)
 
     @property
@@ -54,6 +55,12 @@ class PackedCausalLM(nn.Module):
         head = self.hf.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return head
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        embedding = self.hf.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        return embedding
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' `generate`; under FSDP it is entered like a forward (`register_fsdp_forward_method`)."""

@@ -23,7 +23,7 @@ from models.build import build_model
 from models.causal_lm import PackedCausalLM
 from models.config import LoraConfig
 from models.errors import ModelError
-from models.partial import merged, write_adapter
+from models.partial import merged, trained_tokens, write_adapter
 from models.tokenizer import stop_token_ids
 from models.weights import (
     INDEX_FILE,
@@ -75,7 +75,7 @@ def export_model(
             other ranks are not left waiting.
     """
     held = {pretrained_name(name) or name: tensor for name, tensor in model.hf.state_dict().items()}
-    read = merged(lambda name: _whole(held[name]), held, lora)
+    read = merged(lambda name: _whole(held[name]), held, lora, trained_tokens(model))
     tensors = export_tensors(model)
     waiting = dict.fromkeys(tensors)
 
@@ -115,10 +115,9 @@ def export_adapter(
     Raises:
         ModelError: on the writer, when a file cannot be written.
     """
-    state = model.hf.state_dict()
     tensors = {
         name: _whole(tensor).cpu()
-        for name, tensor in state.items()
+        for name, tensor in model.hf.named_parameters()  # what is tied comes once
         if pretrained_name(name) is None
     }
     if is_writer:

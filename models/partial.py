@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from models.build import decoder_layer_classes
 from models.causal_lm import PackedCausalLM
 from models.config import LoraConfig
 from models.errors import ModelError
+from models.token_rows import HeadWithRows, init_rows, train_rows
 from models.weights import tensor_files
 
 if TYPE_CHECKING:
@@ -30,11 +31,22 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = ("all-linear",)
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Parts of our names of parameters, which are those in the model, and what peft's files have in their place.
+_PEFT_NAMES = {
+    ".lora_magnitude_vector.default.weight": ".lora_magnitude_vector",
+    ".default.": ".",
+    ".token_rows": ".token_adapter.trainable_tokens_delta",
+}
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BYTES = 16, 1 << 16
 
 
 def freeze(
-    model: PackedCausalLM, lora: LoraConfig, *, last_layers: int, dtype: torch.dtype
+    model: PackedCausalLM,
+    lora: LoraConfig,
+    *,
+    last_layers: int,
+    dtype: torch.dtype,
+    tokens: Sequence[int] = (),
 ) -> None:
     """Leave a gradient only to adapters, which are inserted, or to the last layers; in place, before sharding.
 
@@ -46,6 +58,7 @@ def freeze(
         lora: rank 0 inserts none.
         last_layers: how many decoder layers are trained or adapted; 0 for all.
         dtype: what frozen parameters are kept in.
+        tokens: ids whose rows of embedding and head are trained beside adapters.
 
     Raises:
         ModelError: a target or a number of layers that the model does not have.
@@ -62,8 +75,10 @@ def freeze(
             lora, adapter_targets(model, lora), layers=len(layers), last=last_layers
         )
         inject_adapter_in_model(config, model.hf, low_cpu_mem_usage=True)
+        if tokens:
+            train_rows(model.embedding, model.head, tokens)
     else:
-        for module in (model.hf.get_input_embeddings(), *layers[:-last_layers]):
+        for module in (model.embedding, *layers[:-last_layers]):
             module.requires_grad_(False)
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -113,16 +128,25 @@ def adapted(model: PackedCausalLM) -> list[str]:
     return sorted({name for config in inserted.values() for name in config.target_modules or ()})
 
 
+def trained_tokens(model: PackedCausalLM) -> list[int]:
+    """Ids whose rows are trained beside adapters, ascending."""
+    return list(model.head.tokens) if isinstance(model.head, HeadWithRows) else []
+
+
 def peft_config(
     lora: LoraConfig,
     targets: Collection[str],
     *,
     layers: int,
     last: int,
+    tokens: Mapping[str, Sequence[int]] | None = None,
     base: str | None = None,
     revision: str | None = None,
 ) -> peft.LoraConfig:
-    """peft's own configuration of the adapters, on the `last` of `layers` decoder layers (0: on all)."""
+    """peft's own configuration of the adapters, on the `last` of `layers` decoder layers (0: on all).
+
+    `tokens` are the ids whose rows are trained, by the name of the layer that has them.
+    """
     from peft import LoraConfig as PeftConfig
 
     return PeftConfig(
@@ -134,6 +158,7 @@ def peft_config(
         layers_to_transform=list(range(layers - last, layers)) if last else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
+        trainable_token_indices={name: list(ids) for name, ids in (tokens or {}).items()} or None,
         base_model_name_or_path=base,
         revision=revision,
     )
@@ -142,6 +167,8 @@ def peft_config(
 @torch.no_grad()
 def init_adapters(model: PackedCausalLM, seed: int) -> None:
     """Values of new adapters, the same for any number of ranks: A [R, D] random, B [F, R] zero, so that they add nothing.
+
+    Every rank calls this: rows of tokens are fetched from the rank that has them.
 
     Args:
         model: materialised and loaded, sharded or not.
@@ -161,6 +188,9 @@ def init_adapters(model: PackedCausalLM, seed: int) -> None:
             layer = model.get_submodule(name.partition(".lora_magnitude_vector.")[0])
             weight = _local(layer.get_parameter("base_layer.weight"))
             _local(parameter).copy_(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32))
+    if isinstance(model.head, HeadWithRows):
+        init_rows(model.embedding)
+        init_rows(model.head)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -177,7 +207,10 @@ def _set(parameter: Tensor, whole: Tensor) -> None:
 
 
 def merged(
-    read: Callable[[str], Tensor], names: Collection[str], lora: LoraConfig
+    read: Callable[[str], Tensor],
+    names: Collection[str],
+    lora: LoraConfig,
+    tokens: Sequence[int] = (),
 ) -> Callable[[str], Tensor]:
     """A reader of whole weights with adapters merged into them, in fp32, one tensor at a time.
 
@@ -185,6 +218,7 @@ def merged(
         read: gives a whole tensor by the name of a pretrained model, or of an adapter.
         names: all that `read` knows; of a weight without an adapter it gives `read`'s own.
         lora: what the adapters were made with.
+        tokens: ids whose rows are trained, ascending.
     """
     scaling = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else max(lora.rank, 1))
 
@@ -194,6 +228,11 @@ def merged(
             f"{layer}.lora_{part}.default.weight" for part in ("A", "B", "magnitude_vector")
         )
         weight = read(name)
+        if f"{layer}.token_rows" in names:
+            rows = read(f"{layer}.token_rows")
+            return weight.float().index_copy(
+                0, torch.tensor(tokens, device=weight.device), rows.to(weight.device)
+            )
         if a not in names:
             return weight
         weight = weight.to(torch.float32, copy=True)
@@ -214,13 +253,11 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: peft.Lora
         tensors: whole, by the names they have in the model.
         config: names the base model.
     """
-    renamed = {
-        "base_model.model."
-        + name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(
-            ".default.", "."
-        ): tensor.float().cpu().contiguous()
-        for name, tensor in tensors.items()
-    }
+    renamed = {}
+    for name, tensor in tensors.items():
+        for ours, theirs in _PEFT_NAMES.items():
+            name = name.replace(ours, theirs)
+        renamed[f"base_model.model.{name}"] = tensor.float().cpu().contiguous()
     save_file(renamed, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     values = config.to_dict() | {
         "inference_mode": True,

@@ -501,6 +501,11 @@ def validate(config: TrainConfig) -> None:
         "--model.name or --model.path, and no --model.init random",
     )
     require(
+        not (config.model.train_last_layers and config.model.add_special_tokens),
+        "--model.train_last_layers freezes the embedding, of which --model.add_special_tokens trains "
+        "rows: keep one of them",
+    )
+    require(
         lora.rank > 0 or config.checkpoint.export not in ("adapter", "both"),
         f"--checkpoint.export {config.checkpoint.export} needs adapters: give --lora.rank, or true",
     )

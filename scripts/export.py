@@ -198,7 +198,7 @@ def _reader(
         return stored.read(f"hf.{name}", torch.float32) if name in held else read_base(name)
 
     trained = {name: shape for name, shape in held.items() if pretrained_name(name)}
-    return merged(read, held, lora_of(record)), {**base_shapes, **trained}
+    return merged(read, held, lora_of(record), record["tokens"]), {**base_shapes, **trained}
 
 
 def export_adapter_of(checkpoint: Path, folder: Path, *, base: Path | None) -> int:
@@ -232,7 +232,7 @@ def export_adapter_of(checkpoint: Path, folder: Path, *, base: Path | None) -> i
     tensors = {
         name.removeprefix("hf."): stored.read(name, torch.float32)
         for name in stored.shapes()
-        if pretrained_name(name) is None
+        if pretrained_name(name) is None and not _is_tied_copy(name, record)
     }
     layers = AutoConfig.from_pretrained(files).num_hidden_layers
     write_adapter_folder(
@@ -244,6 +244,11 @@ def export_adapter_of(checkpoint: Path, folder: Path, *, base: Path | None) -> i
         replace=False,
     )
     return len(tensors)
+
+
+def _is_tied_copy(name: str, record: dict[str, Any]) -> bool:
+    """A checkpoint names the rows of a tied head too."""
+    return name == "hf.lm_head.token_rows" and "lm_head" not in record["token_layers"]
 
 
 def _model_files(output_dir: Path) -> Path:

@@ -56,7 +56,7 @@ def build_sharded_model(
         seed=job.config.seed if random else None,
     )
     if trains_part(job.config):
-        freeze_rest(model, job.config)
+        freeze_rest(model, job.config, tokenizer)
     shard(model, job.config.parallel, mesh)
     # Offloaded parameters live on the host; buffers are where the model computes.
     home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from models.causal_lm import PackedCausalLM
 from models.config import LoraConfig
 from models.errors import ModelError
-from models.partial import adapted, fingerprint, freeze, peft_config
+from models.partial import adapted, fingerprint, freeze, peft_config, trained_tokens
 from models.weights import is_computed, tensor_files
 from scripts.config import TrainConfig
 from scripts.job import Job
@@ -30,24 +31,28 @@ def trains_part(config: TrainConfig) -> bool:
     return config.lora.rank > 0 or config.model.train_last_layers > 0
 
 
-def freeze_rest(model: PackedCausalLM, config: TrainConfig) -> None:
-    """See `models.partial.freeze`."""
+def freeze_rest(
+    model: PackedCausalLM, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """See `models.partial.freeze`. Of tokens that the user adds, known to the tokenizer before or not, rows are trained."""
+    tokens = [tokenizer.get_vocab()[token] for token in config.model.add_special_tokens]
     freeze(
         model,
         config.lora,
         last_layers=config.model.train_last_layers,
         dtype=DTYPES[config.parallel.param_dtype],
+        tokens=tokens,
     )
 
 
 def flops_of_part(config: TrainConfig, model: PackedCausalLM) -> dict[str, Any]:
     """The keywords of `models.flops.training_flops` that say what is trained."""
     last, adapters = config.model.train_last_layers, config.lora.rank > 0
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     return {
         "front_layers": model.hf.config.num_hidden_layers - last if last else 0,
         "frozen": adapters,
-        "adapter_parameters": trained if adapters else 0,
+        "adapter_parameters": trained,
     }
 
 
@@ -59,6 +64,8 @@ def part_record(job: Job, model: PackedCausalLM) -> dict[str, Any] | None:
     return {
         "lora": asdict(config.lora),
         "targets": adapted(model),
+        "tokens": trained_tokens(model),
+        "token_layers": ["embed_tokens"] + ["lm_head"] * (not model.hf.config.tie_word_embeddings),
         "train_last_layers": config.model.train_last_layers,
         "frozen_dtype": config.parallel.param_dtype,
         "base": {
@@ -107,6 +114,7 @@ def _settings(record: dict[str, Any] | None) -> dict[str, Any]:
     return {
         **{f"lora.{key}": lora[key] for key in keys},
         "lora.targets": ", ".join(record["targets"]) or "none",
+        "model.add_special_tokens": ", ".join(map(str, record["tokens"])) or "none",
         "model.train_last_layers": record["train_last_layers"],
     }
 
@@ -127,6 +135,7 @@ def adapter_config(record: dict[str, Any], *, layers: int) -> peft.LoraConfig:
         record["targets"],
         layers=layers,
         last=record["train_last_layers"],
+        tokens={name: record["tokens"] for name in record["token_layers"] if record["tokens"]},
         base=base["name"] if base["commit"] else base["folder"],
         revision=base["commit"],
     )

@@ -107,7 +107,7 @@ def prepare_model(
     if trains_part(
         config
     ):  # on a model without weights: what it lacks is said before anything is tokenised
-        freeze_rest(build_model(hf_config, attention="sdpa", seed=None), config)
+        freeze_rest(build_model(hf_config, attention="sdpa", seed=None), config, tokenizer)
     return {
         "model": str(model_folder) if model_folder else None,
         "model_commit": model_commit,

@@ -129,8 +129,12 @@ def test_only_what_is_trained_costs_a_gradient(
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
+QUICK = ["lora, tokens", "dora", "last layer"]
+# Family, adapters, last layers, changes to the configuration.
 CASES: dict[str, tuple[str, LoraConfig, int, dict[str, Any]]] = {
     "lora": ("qwen3", LORA, 0, {}),
+    "lora, tokens": ("qwen3", LORA, 0, {}),
+    "lora, tokens, untied": ("qwen2", replace(LORA, targets=("v_proj",)), 0, {"tied": False}),
     "rslora, some targets": (
         "qwen2",
         replace(LORA, rslora=True, targets=("q_proj", "down_proj")),
@@ -144,6 +148,14 @@ CASES: dict[str, tuple[str, LoraConfig, int, dict[str, Any]]] = {
 }
 
 
+TOKENS = [5, 50, 100]  # two in the documents, and one that the checkpoint lacks
+GROWN = 128
+
+
+def _tokens(name: str) -> list[int]:
+    return TOKENS if "tokens" in name else []
+
+
 def _rows() -> list[list[Tensor]]:
     return [random_documents([9, 14], seed=1), random_documents([20], seed=2)]
 
@@ -151,8 +163,11 @@ def _rows() -> list[list[Tensor]]:
 def _open(
     folder: Path, lora: LoraConfig, last_layers: int, config: ParallelConfig
 ) -> PackedCausalLM:
-    model = build_model(AutoConfig.from_pretrained(folder), attention="packed", seed=None)
-    freeze(model, lora, last_layers=last_layers, dtype=DTYPES[config.param_dtype])
+    hf_config, tokens = AutoConfig.from_pretrained(folder), _tokens(folder.name)
+    hf_config.vocab_size = GROWN if tokens else hf_config.vocab_size
+    model = build_model(hf_config, attention="packed", seed=None)
+    dtype = DTYPES[config.param_dtype]
+    freeze(model, lora, last_layers=last_layers, dtype=dtype, tokens=tokens)
     parallelise(
         model,
         config,
@@ -209,9 +224,10 @@ def _train(
     }
 
 
-def _run_cases(root: Path) -> dict[str, dict[str, Any]]:
+def _run_cases(root: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     results = {}
-    for name, (_, lora, last_layers, _) in CASES.items():
+    for name in names:
+        _, lora, last_layers, _ = CASES[name]
         result = _train(root / name, lora, last_layers, ParallelConfig(param_dtype="float32"))
         model = result.pop("model")
         model.eval()
@@ -235,6 +251,7 @@ def _run_cases(root: Path) -> dict[str, dict[str, Any]]:
                 adapter_targets(_empty(), lora),
                 layers=2,
                 last=last_layers,
+                tokens=_token_layers(name),
                 base=str(root / name),
             )
             export_adapter(
@@ -248,21 +265,49 @@ def _run_cases(root: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
+def _token_layers(name: str) -> dict[str, list[int]]:
+    layers = ["embed_tokens", "lm_head"] if "untied" in name else ["embed_tokens"]
+    return dict.fromkeys(layers, _tokens(name)) if _tokens(name) else {}
+
+
+def _grown(model: Any, name: str) -> Any:
+    """With new rows of the mean, where there are tokens to train."""
+    if _tokens(name):
+        means = [layer.weight.mean(0) for layer in _layers(model)]
+        known = model.config.vocab_size
+        model.resize_token_embeddings(GROWN, mean_resizing=False)
+        with torch.no_grad():
+            for layer, mean in zip(_layers(model), means, strict=True):
+                layer.weight[known:] = mean
+    return model
+
+
+def _layers(model: Any) -> list[Any]:
+    return [model.get_input_embeddings(), model.get_output_embeddings()]
+
+
 def _reference(folder: Path, lora: LoraConfig, last_layers: int, begin: dict[str, Tensor]) -> Any:
     """The same steps by transformers, peft and one plain AdamW; returns losses, gradient norms and what was trained."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if lora.rank:
-        config = peft_config(lora, adapter_targets(_empty(), lora), layers=2, last=last_layers)
-        model = peft.get_peft_model(model, config)
-    trained = {
-        name.removeprefix("base_model.model."): p
-        for name, p in model.named_parameters()
-        if name.removeprefix("base_model.model.") in begin
-    }
+        config = peft_config(
+            lora,
+            adapter_targets(_empty(), lora),
+            layers=2,
+            last=last_layers,
+            tokens=_token_layers(folder.name),
+        )
+        model = peft.get_peft_model(_grown(model, folder.name), config)
+    trained = {}
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("base_model.model.")
+        name = name.replace("token_adapter.trainable_tokens_delta.default", "token_rows")
+        if name in begin:
+            trained[name] = parameter
     assert trained.keys() == begin.keys()
     with torch.no_grad():
         for name, parameter in trained.items():
-            if "magnitude" in name:  # peft has made it from the base itself
+            if "magnitude" in name or "rows" in name:  # peft has made them from the base itself
                 torch.testing.assert_close(parameter, begin[name])
             parameter.copy_(begin[name])
     optimizer = torch.optim.AdamW(
@@ -285,19 +330,30 @@ def _reference(folder: Path, lora: LoraConfig, last_layers: int, begin: dict[str
 
 
 @pytest.mark.distributed
-def test_ranks_train_what_peft_trains_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "sizes"),
+    [
+        (QUICK, [2]),
+        pytest.param([name for name in CASES if name not in QUICK], [1, 2], marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_train_what_peft_trains_alone(
+    tmp_path: Path, names: list[str], sizes: list[int]
+) -> None:
     """Losses, gradient norms and trained weights; logits of both exports, in transformers and in peft."""
     build_tokenizer(tmp_path / "tokenizer")
-    for name, (kind, _, _, changes) in CASES.items():
+    for name in names:
+        kind, _, _, changes = CASES[name]
         save_checkpoint(tmp_path / name, kind, **changes)
-    runs = {size: run_ranks(_run_cases, size, tmp_path) for size in (1, 2)}
-    for name, (_, lora, last_layers, _) in CASES.items():
-        one, two = runs[1][0][name], runs[2][0][name]
-        for key in one["begin"]:
-            assert torch.equal(one["begin"][key], two["begin"][key]), (name, key)
-        losses, norms, trained = _reference(tmp_path / name, lora, last_layers, one["begin"])
+    runs = [run_ranks(_run_cases, size, tmp_path, names)[0] for size in sizes]
+    for name in names:
+        _, lora, last_layers, _ = CASES[name]
+        results = [run[name] for run in runs]
+        begin = results[0]["begin"]
+        losses, norms, trained = _reference(tmp_path / name, lora, last_layers, begin)
         assert losses[-1] < losses[0] - 0.01
-        for result in (one, two):
+        for result in results:
+            assert all(torch.equal(result["begin"][key], begin[key]) for key in begin)
             torch.testing.assert_close(result["losses"], losses, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(result["norms"], norms, rtol=1e-4, atol=1e-6)
             for key, parameter in trained.items():
@@ -306,23 +362,24 @@ def test_ranks_train_what_peft_trains_alone(tmp_path: Path) -> None:
                 )
             assert result["frozen"], name
             # Where nothing is trained in front, no gradient goes.
-            assert result["inputs_need"] == [False, last_layers == 0], name
+            assert result["inputs_need"] == [bool(_tokens(name)), last_layers == 0], name
         where = tmp_path / f"{name}-2"
         plain = AutoModelForCausalLM.from_pretrained(where / "export").eval()
         loaded = [plain]
         if lora.rank:
             base = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+            base = _grown(base, name)
             loaded.append(PeftModel.from_pretrained(base, str(where / "adapter")).eval())
-        begin = 0
+        start = 0
         for document in _rows()[0]:
-            end = begin + len(document)
+            end = start + len(document)
             for other in loaded:
                 with torch.no_grad():
                     logits = other(input_ids=document[None]).logits[0]
                 torch.testing.assert_close(
-                    two["logits"][0, begin:end], logits, rtol=1e-5, atol=2e-5
+                    results[-1]["logits"][0, start:end], logits, rtol=1e-5, atol=2e-5
                 )
-            begin = end
+            start = end
 
 
 def _bfloat16(folder: Path) -> dict[str, Any]:
