@@ -18,7 +18,7 @@ from data.config import source_configs
 from data.ledger import Ledger
 from data.mixture import Mixture
 from models.causal_lm import PackedCausalLM
-from models.partial import adapted
+from models.partial import adapted, trained_tokens
 from models.weights import LoadReport
 from scripts.command_line import printable, to_yaml
 from scripts.config import TrainConfig
@@ -94,17 +94,17 @@ def trained_line(model: PackedCausalLM, config: TrainConfig) -> str:
     """How many of how many parameters are trained, and which."""
     trained, parameters = parameter_counts(model)
     lora, last = config.lora, config.model.train_last_layers
-    kind = "DoRA" if lora.dora else "LoRA"
-    what = (
-        f"{kind} of rank {lora.rank} on {', '.join(adapted(model))}"
-        if lora.rank
-        else "the norm, an untied head"
-    )
-    where = f" of the last {last} layers" if lora.rank else f" and the last {last} layers"
-    return (
-        f"{human(trained)} of {human(parameters)} parameters "
-        f"({100 * trained / parameters:.2g} %): {what}{where if last else ''}"
-    )
+    layers = model.hf.config.num_hidden_layers
+    which = f"decoder layers {layers - last + 1} to {layers}"
+    if lora.rank:
+        kind = "DoRA" if lora.dora else "LoRA"
+        what = f"{kind} of rank {lora.rank} on {', '.join(adapted(model))}"
+        what += f" of {which}" if last else ""
+        what += f", rows of {len(trained_tokens(model))} tokens" if trained_tokens(model) else ""
+    else:
+        what = f"{which}, final norm{'' if model.hf.config.tie_word_embeddings else ', head'}"
+    share = 100 * trained / parameters
+    return f"{human(trained)} of {human(parameters)} parameters ({share:.2g} %): {what}"
 
 
 def parameter_counts(model: PackedCausalLM) -> tuple[int, int]:

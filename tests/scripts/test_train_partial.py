@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import generate
 from scripts.export import main as export
@@ -23,7 +23,13 @@ from trainer.stored import StoredTensors
 
 pytestmark = pytest.mark.distributed
 
-LORA = ["--lora.rank=4", "--lora.alpha=8", "--lora.dropout=0.1", "--checkpoint.export=both"]
+LORA = [
+    "--lora.rank=4",
+    "--lora.alpha=8",
+    "--lora.dropout=0.1",
+    "--checkpoint.export=both",
+    "--model.add_special_tokens=[<|tool|>]",
+]
 FROZEN = ["--model.train_last_layers=1"]
 
 
@@ -64,7 +70,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         assert result.returncode == 0, result.output
         assert result.stderr == ""
         (line,) = [line for line in result.stdout.splitlines() if line.startswith("trained ")]
-        part = {"lora": "LoRA of rank 4 on down_proj", "frozen": "the last 1 layers"}
+        part = {
+            "lora": "LoRA of rank 4 on down_proj",
+            "frozen": "decoder layers 2 to 2, final norm, head",
+        }
         assert part[name] in line
     return job
 
@@ -104,9 +113,14 @@ def test_a_checkpoint_holds_what_is_trained(job: Job, name: str) -> None:
     assert exported.keys() == base.keys()
     changed = {key for key in base if not torch.equal(base[key], exported[key])}
     if name == "lora":
-        assert all(".lora_" in key for key in held)
+        assert all(".lora_" in key or key.endswith(".token_rows") for key in held)
         assert {key.split(".")[-2] for key in changed} >= {"q_proj", "down_proj"}
-        assert not {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} & changed
+        assert not any("norm" in key for key in changed)
+        tokenizer = AutoTokenizer.from_pretrained(output_dir / "adapter")
+        token = tokenizer.convert_tokens_to_ids("<|tool|>")
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            rows = (base[key] != exported[key]).any(dim=1).nonzero().flatten().tolist()
+            assert rows == [token]
     else:
         assert {f"hf.{key}" for key in changed} == held.keys()
         assert {key.split(".")[2] for key in changed if ".layers." in key} == {"1"}
