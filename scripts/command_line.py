@@ -161,6 +161,8 @@ _AT_LEAST: dict[str, float] = {
     "data.prepare_workers": 0,
     "data.workers": 0,
     "parallel.dp_replicate": 1,
+    "parallel.cp": 1,
+    "parallel.tp": 1,
     "parallel.min_wrap_params": 1,
     "parallel.checkpoint_every": 1,
     "parallel.prefetch_layers": 0,
@@ -501,6 +503,11 @@ def validate(config: TrainConfig) -> None:
         "--model.name or --model.path, and no --model.init random",
     )
     require(
+        not (partial and config.parallel.tp > 1),
+        "--parallel.tp splits the layers that adapters wrap, and is not proven with frozen ones: leave it out "
+        "with --lora.rank and --model.train_last_layers",
+    )
+    require(
         not (config.model.train_last_layers and config.model.add_special_tokens),
         "--model.train_last_layers freezes the embedding, of which --model.add_special_tokens trains "
         "rows: keep one of them",
@@ -525,6 +532,7 @@ def validate(config: TrainConfig) -> None:
         "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing "
         "recomputes: keep one of them",
     )
+    require(config.parallel.cp == 1, "--parallel.cp is not supported yet: leave it at 1")
     keep = config.parallel.reshard_after_forward
     require(
         isinstance(keep, bool) or keep >= 2,

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if TYPE_CHECKING:
     import torch
 
+    from models.causal_lm import PackedCausalLM
     from trainer.stored import StoredTensors
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         "--verify",
         choices=("true", "false"),
         default="true",
-        help="read what was written and compare every bit with the checkpoint (default: true)",
+        help="read what was written and compare it, by SHA-256, with what it should be (default: true)",
     )
     parser.add_argument(
         "--base",
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             base=arguments.base,
         )
         size = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))
-        compared = ", compared with the checkpoint" if arguments.verify == "true" else ""
+        compared = ", read again and compared" if arguments.verify == "true" else ""
         print(
             f"{count} tensors of {checkpoint.name}, {size:,} bytes of {arguments.dtype}{compared}, "
             f"exported to {arguments.folder}"
@@ -153,9 +154,9 @@ def export_checkpoint(
         copy_model_files,
         empty_model,
         staged,
-        verify_export,
         write_weights,
     )
+    from models.names import stored_parts
     from models.weights import export_tensors
     from scripts.model_card import model_card
     from trainer.stored import StoredTensors
@@ -164,41 +165,46 @@ def export_checkpoint(
     output_dir = checkpoint.absolute().parents[1]
     stored = StoredTensors(checkpoint)
 
-    read, shapes = _reader(state, stored, dtype, base)
-
     with staged(folder, replace=False) as staging:
         copy_model_files(_model_files(output_dir), staging, dtype=dtype)
         model = empty_model(staging)
         tensors = export_tensors(model)
+        read, shapes = _reader(state, stored, dtype, base, model)
         _check_fits(checkpoint, shapes, model.hf.state_dict(), tensors)
-        write_weights(staging, tensors, read, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        parts = stored_parts(model.hf, tensors)
+        write_weights(
+            staging, parts, read, dtype=dtype, max_shard_bytes=max_shard_bytes, verify=verify
+        )
         (staging / CARD_FILE).write_text(model_card(output_dir, state["step"]), encoding="utf-8")
-        if verify:
-            verify_export(staging, read, dtype=dtype)
-    return len(tensors)
+    return len(parts)
 
 
 def _reader(
-    state: dict[str, Any], stored: StoredTensors, dtype: torch.dtype, base: Path | None
+    state: dict[str, Any],
+    stored: StoredTensors,
+    dtype: torch.dtype,
+    base: Path | None,
+    model: PackedCausalLM,
 ) -> tuple[Callable[[str], torch.Tensor], dict[str, torch.Size]]:
     """What reads whole tensors by name, adapters merged, and the shapes of all there are."""
     import torch
 
     from models.partial import merged
-    from models.weights import pretrained_name
+    from models.weights import export_tensors, pretrained_name
     from scripts.partial import lora_of, open_base
 
     held = {name.removeprefix("hf."): shape for name, shape in stored.shapes().items()}
     record = state.get("partial")
     if record is None:
         return lambda name: stored.read(f"hf.{name}", dtype), held
-    read_base, base_shapes = open_base(record, base)
+    read_base = open_base(record, base, model)
 
     def read(name: str) -> torch.Tensor:
         return stored.read(f"hf.{name}", torch.float32) if name in held else read_base(name)
 
-    trained = {name: shape for name, shape in held.items() if pretrained_name(name)}
-    return merged(read, held, lora_of(record), record["tokens"]), {**base_shapes, **trained}
+    shapes = {name: tensor.shape for name, tensor in export_tensors(model).items()}
+    shapes |= {name: shape for name, shape in held.items() if pretrained_name(name)}
+    return merged(read, held, lora_of(record), record["tokens"]), shapes
 
 
 def export_adapter_of(checkpoint: Path, folder: Path, *, base: Path | None) -> int:

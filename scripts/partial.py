@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +15,7 @@ from models.causal_lm import PackedCausalLM
 from models.config import LoraConfig
 from models.errors import ModelError
 from models.partial import adapted, fingerprint, freeze, peft_config, trained_tokens
-from models.weights import is_computed, tensor_files
+from models.weights import open_parameters
 from scripts.config import TrainConfig
 from scripts.job import Job
 from trainer.errors import TrainError
@@ -142,13 +140,14 @@ def adapter_config(record: dict[str, Any], *, layers: int) -> peft.LoraConfig:
 
 
 def open_base(
-    record: dict[str, Any], folder: Path | None
-) -> tuple[Callable[[str], Tensor], dict[str, torch.Size]]:
-    """A reader of the frozen weights by name, in the type the run held them in, and their shapes.
+    record: dict[str, Any], folder: Path | None, model: PackedCausalLM
+) -> Callable[[str], Tensor]:
+    """A reader of the frozen weights by name, in the type the run held them in.
 
     Args:
         record: of the checkpoint.
         folder: where the base model is, if not where it was.
+        model: what the run trained, without memory.
 
     Raises:
         ModelError: it is not there, or it is another model.
@@ -160,15 +159,4 @@ def open_base(
         raise ModelError(f"{folder} holds no model; {remedy}")
     if fingerprint(folder) != base["fingerprint"]:
         raise ModelError(f"{folder} is another model than the checkpoint's; {remedy}")
-    files = tensor_files(folder)
-    dtype = getattr(torch, record["frozen_dtype"])
-
-    def read(name: str) -> Tensor:
-        with safe_open(files[name], framework="pt") as file:
-            return file.get_tensor(name).to(dtype)
-
-    shapes = {}
-    for path in set(files.values()):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return read, {name: shape for name, shape in shapes.items() if not is_computed(name)}
+    return open_parameters(model, folder, dtype=DTYPES[record["frozen_dtype"]])

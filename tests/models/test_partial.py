@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.embedded import build_tokenizer
-from models.build import build_model, decoder_layer_classes, materialise
+from models.build import CONFIG_CLASSES, build_model, decoder_layer_classes, materialise
 from models.causal_lm import PackedCausalLM
 from models.config import LoraConfig
 from models.errors import ModelError
@@ -66,6 +66,13 @@ def test_targets_are_the_linear_layers_by_name() -> None:
     assert {name.split(".")[3] for name in trained} == {"1"}
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_fused_experts_and_routers_are_no_targets() -> None:
+    model = _empty("qwen3_moe")
+    assert adapter_targets(model, LORA) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    with pytest.raises(ModelError, match=r"no linear layer gate_up_proj; .*experts are fused"):
+        adapter_targets(model, replace(LORA, targets=("gate_up_proj",)))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +152,7 @@ CASES: dict[str, tuple[str, LoraConfig, int, dict[str, Any]]] = {
     "lora, last layer": ("qwen3", LORA, 1, {"tied": False}),
     "last layer": ("qwen3", NONE, 1, {"tied": False}),
     "last layer, tied": ("qwen2", NONE, 1, {}),
+    **{f"family {kind}": (kind, LORA, 0, {}) for kind in CONFIG_CLASSES},
 }
 
 
@@ -156,8 +164,15 @@ def _tokens(name: str) -> list[int]:
     return TOKENS if "tokens" in name else []
 
 
-def _rows() -> list[list[Tensor]]:
-    return [random_documents([9, 14], seed=1), random_documents([20], seed=2)]
+def _rows(name: str = "") -> list[list[Tensor]]:
+    """Of the families one document in each, since linear attention needs a library for more."""
+    first = [20] if name.startswith("family") else [9, 14]
+    return [random_documents(first, seed=1), random_documents([20], seed=2)]
+
+
+def _targets(folder: Path, lora: LoraConfig) -> list[str]:
+    hf_config = AutoConfig.from_pretrained(folder)
+    return adapter_targets(build_model(hf_config, attention="sdpa", seed=None), lora)
 
 
 def _open(
@@ -200,8 +215,9 @@ def _train(
     for layer in decoder_layers(model):
         layer.register_forward_pre_hook(lambda _, args: inputs_need.append(args[0].requires_grad))
     optimizer = build_optimizer(model, ADAMW)
-    batch = packed_batch(_rows()[rank::world_size], SEQ_LEN)
-    (valid,) = packed_batch(_rows(), SEQ_LEN)["counts"][2:3].tolist()
+    rows = _rows(folder.name)
+    batch = packed_batch(rows[rank::world_size], SEQ_LEN)
+    (valid,) = packed_batch(rows, SEQ_LEN)["counts"][2:3].tolist()
     losses, norms = [], []
     for _ in range(steps):
         loss, _ = causal_lm_loss(model, batch)
@@ -232,7 +248,7 @@ def _run_cases(root: Path, names: list[str]) -> dict[str, dict[str, Any]]:
         model = result.pop("model")
         model.eval()
         with torch.no_grad():
-            result["logits"] = model(packed_batch(_rows(), SEQ_LEN))
+            result["logits"] = model(packed_batch(_rows(name), SEQ_LEN))
         model.reshard()
         is_writer = dist.get_rank() == 0
         tokenizer = AutoTokenizer.from_pretrained(root / "tokenizer") if is_writer else None
@@ -248,7 +264,7 @@ def _run_cases(root: Path, names: list[str]) -> dict[str, dict[str, Any]]:
         if lora.rank:
             config = peft_config(
                 lora,
-                adapter_targets(_empty(), lora),
+                _targets(root / name, lora),
                 layers=2,
                 last=last_layers,
                 tokens=_token_layers(name),
@@ -292,7 +308,7 @@ def _reference(folder: Path, lora: LoraConfig, last_layers: int, begin: dict[str
     if lora.rank:
         config = peft_config(
             lora,
-            adapter_targets(_empty(), lora),
+            _targets(folder, lora),
             layers=2,
             last=last_layers,
             tokens=_token_layers(folder.name),
@@ -316,7 +332,7 @@ def _reference(folder: Path, lora: LoraConfig, last_layers: int, begin: dict[str
     losses, norms = [], []
     for _ in range(STEPS):
         total, valid = torch.zeros(()), 0
-        for document in (document for row in _rows() for document in row):
+        for document in (document for row in _rows(folder.name) for document in row):
             logits = model(input_ids=document[None]).logits[0, :-1]
             total = total + torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum")
             valid += len(document) - 1
@@ -371,7 +387,7 @@ def test_ranks_train_what_peft_trains_alone(
             base = _grown(base, name)
             loaded.append(PeftModel.from_pretrained(base, str(where / "adapter")).eval())
         start = 0
-        for document in _rows()[0]:
+        for document in _rows(name)[0]:
             end = start + len(document)
             for other in loaded:
                 with torch.no_grad():
