@@ -94,30 +94,32 @@ def decoder_layers(model: PackedCausalLM) -> list[nn.Module]:
 def adapter_targets(model: PackedCausalLM, lora: LoraConfig) -> list[str]:
     """The last parts of the names of the linear layers that get an adapter.
 
+    With experts, attention's alone: routed experts are fused into one parameter, and peft would take the names of shared
+    ones for theirs.
+
     Raises:
         ModelError: a name that no linear layer of the decoder layers has.
     """
     layers = decoder_layers(model)
+    fused = any(
+        "experts" in name for layer in layers for name, p in layer.named_parameters() if p.ndim == 3
+    )
     linear = sorted(
         {
             name.rpartition(".")[2]
             for layer in layers
             for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear) and not (fused and name.startswith("mlp."))
         }
     )
     if lora.targets == ALL_LINEAR:
         return linear
     if unknown := [name for name in lora.targets if name not in linear]:
-        fused = any(parameter.ndim == 3 for layer in layers for parameter in layer.parameters())
+        where = "attention has" if fused else "the decoder layers have"
         raise ModelError(
-            f"lora.targets: the decoder layers have no linear layer {', '.join(unknown)}; they have "
+            f"lora.targets: {where} no linear layer {', '.join(unknown)}; there are "
             f"{', '.join(linear)}; [all-linear] takes them all"
-            + (
-                " (the experts are fused into one parameter, which gets no adapter)"
-                if fused
-                else ""
-            )
+            + (" (experts get no adapters)" if fused else "")
         )
     return sorted(set(lora.targets))
 

@@ -68,11 +68,12 @@ def test_targets_are_the_linear_layers_by_name() -> None:
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
-def test_fused_experts_and_routers_are_no_targets() -> None:
-    model = _empty("qwen3_moe")
-    assert adapter_targets(model, LORA) == ["k_proj", "o_proj", "q_proj", "v_proj"]
-    with pytest.raises(ModelError, match=r"no linear layer gate_up_proj; .*experts are fused"):
-        adapter_targets(model, replace(LORA, targets=("gate_up_proj",)))
+def test_experts_are_no_targets() -> None:
+    for kind in ("qwen2_moe", "qwen3_moe"):
+        model = _empty(kind)
+        assert adapter_targets(model, LORA) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+        with pytest.raises(ModelError, match=r"attention has no linear layer down_proj; .*experts"):
+            adapter_targets(model, replace(LORA, targets=("down_proj",)))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_fused_experts_and_routers_are_no_targets() -> None:
         (
             replace(LORA, targets=("q_porj",)),
             0,
-            "lora.targets: the decoder layers have no linear layer q_porj; they have down_proj, gate_proj, "
+            "lora.targets: the decoder layers have no linear layer q_porj; there are down_proj, gate_proj, "
             "k_proj, o_proj, q_proj, up_proj, v_proj; [all-linear] takes them all",
         ),
         (NONE, 3, "model.train_last_layers 3: the model has 2 decoder layers"),

@@ -222,4 +222,4 @@ def test_a_misspelt_target_is_one_line(job: Job, tmp_path: Path) -> None:
     result = job.run(tmp_path / "out", "--lora.rank=4", "--lora.targets=[q_porj]")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and result.stdout == ""
-    assert "no linear layer q_porj; they have down_proj, gate_proj, k_proj, o_proj" in result.stderr
+    assert "no linear layer q_porj; there are down_proj, gate_proj, k_proj, o_proj" in result.stderr
