@@ -101,11 +101,14 @@ def answer(
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hf = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(adapter or model)
     if adapter is not None:
+        if len(tokenizer) > hf.config.vocab_size:  # tokens were added, whose rows the adapter holds
+            hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         hf.load_adapter(str(adapter))
     answers = generate_answers(
         PackedCausalLM(hf.to(device)),
-        AutoTokenizer.from_pretrained(adapter or model),
+        tokenizer,
         [[{"role": "user", "content": prompt}] for prompt in prompts],
         max_new_tokens=max_new_tokens,
         device=device,

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data.embedded import build_tokenizer
 from scripts import generate
 from scripts.export import main as export
 from tests.support.command import CommandResult
@@ -23,6 +24,7 @@ from trainer.stored import StoredTensors
 
 pytestmark = pytest.mark.distributed
 
+KNOWN = len(build_tokenizer())  # all its rows are taken: an added token needs a new one
 LORA = [
     "--lora.rank=4",
     "--lora.alpha=8",
@@ -56,7 +58,7 @@ class Job:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("partial")
     args = [
-        f"--model.path={write_model(folder / 'base', tied=False)}",
+        f"--model.path={write_model(folder / 'base', tied=False, vocab_size=KNOWN)}",
         f"--data.path={write_chat(folder / 'chat.jsonl', count=60)}",
         "--data.seq_len=128",
         "--micro_batch_size=1",
@@ -93,9 +95,11 @@ def test_adapters_are_exported_merged_and_alone(job: Job) -> None:
     merged = AutoModelForCausalLM.from_pretrained(output_dir / "export")
     plain = AutoModelForCausalLM.from_pretrained(base)
     before = _logits(plain)
+    plain.resize_token_embeddings(KNOWN + 1, mean_resizing=False)
     adapted = PeftModel.from_pretrained(plain, str(output_dir / "adapter"))
-    torch.testing.assert_close(_logits(adapted), _logits(merged), rtol=1e-5, atol=1e-5)
-    assert (_logits(merged) - before).abs().max() > 1e-3
+    found, expected = _logits(adapted), _logits(merged)[..., : KNOWN + 1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (expected[..., :KNOWN] - before).abs().max() > 1e-3
     config = json.loads((output_dir / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.1)
     assert config["base_model_name_or_path"] == str(base)
@@ -111,16 +115,24 @@ def test_a_checkpoint_holds_what_is_trained(job: Job, name: str) -> None:
     assert facts["trained_parameters"] < facts["parameters"]
     exported = load_file(output_dir / "export" / "model.safetensors")
     assert exported.keys() == base.keys()
-    changed = {key for key in base if not torch.equal(base[key], exported[key])}
+    grown = {"model.embed_tokens.weight", "lm_head.weight"}
+    changed = {
+        key
+        for key in base
+        if not torch.equal(base[key], exported[key][:KNOWN] if key in grown else exported[key])
+    }
     if name == "lora":
         assert all(".lora_" in key or key.endswith(".token_rows") for key in held)
         assert {key.split(".")[-2] for key in changed} >= {"q_proj", "down_proj"}
-        assert not any("norm" in key for key in changed)
+        assert not changed & {*grown, "model.norm.weight"}
         tokenizer = AutoTokenizer.from_pretrained(output_dir / "adapter")
-        token = tokenizer.convert_tokens_to_ids("<|tool|>")
-        for key in ("model.embed_tokens.weight", "lm_head.weight"):
-            rows = (base[key] != exported[key]).any(dim=1).nonzero().flatten().tolist()
-            assert rows == [token]
+        assert tokenizer.convert_tokens_to_ids("<|tool|>") == KNOWN
+        # The new row is trained, in the embedding if the data had it; the padding is the mean that it was.
+        for key in grown:
+            assert exported[key].shape[0] % 64 == 0
+            mean = base[key].double().mean(0).float()
+            rows = (exported[key][KNOWN:] - mean).abs().amax(dim=1) > 1e-6
+            assert rows.tolist() == [key == "lm_head.weight"] + [False] * (len(rows) - 1)
     else:
         assert {f"hf.{key}" for key in changed} == held.keys()
         assert {key.split(".")[2] for key in changed if ".layers." in key} == {"1"}
