@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -239,8 +240,10 @@ def parallelise(
     """
     layers = [module for module in model.modules() if isinstance(module, tuple(layer_classes))]
     if config.tp > 1:
-        # It would say on every rank that gathering a parameter of both axes, as for an export, takes two steps.
+        # Every rank would say that gathering a parameter of both axes, as for an export, takes two steps, and that
+        # what a group of less than a layer returns must not be changed in place: transformers does not.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         for layer in layers:
             # Every rank has the same whole parameters, or none yet: each takes its part of its own.
             parallelize_module(layer, mesh["tp"], dict(layer_plan or {}), src_data_rank=None)
