@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from models.attention import PACKED_ATTENTION
@@ -28,6 +29,8 @@ class PackedCausalLM(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
+        self.cp_group: ProcessGroup | None = None
+        """Ranks that share every row: `forward` then gets this rank's slice of it, and `document_offsets` of the whole."""
 
     def forward(self, batch: Batch, head: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
         """
@@ -43,6 +46,7 @@ class PackedCausalLM(nn.Module):
             position_ids=batch["position_ids"],
             attention_mask=None,  # a mask of ones would switch transformers' own document detection off
             document_offsets=batch["document_offsets"],
+            cp_group=self.cp_group,
             use_cache=False,
         ).last_hidden_state
         weight = self.head.weight
