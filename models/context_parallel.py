@@ -15,17 +15,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from transformers import PreTrainedConfig
 
 from models.errors import ModelError
 
 
-def check_heads(query_heads: int, ranks: int) -> None:
-    """Raise ModelError if the query heads cannot be divided among the ranks."""
-    if query_heads % ranks:
-        divisors = [str(n) for n in range(1, query_heads + 1) if query_heads % n == 0]
+# Others mix tokens outside of attention: router losses are means over tokens, GatedDeltaNet hands a state along the row.
+FAMILIES = ("qwen2", "qwen3")
+
+
+def check_context_parallel(hf_config: PreTrainedConfig, *, cp: int, tp: int = 1) -> None:
+    """Refuse a model whose rows cannot be shared by `cp` ranks, when its heads are divided among `tp` ranks before.
+
+    Raises:
+        ModelError: another family, or query heads that the ranks do not divide.
+    """
+    if cp == 1:
+        return
+    if hf_config.model_type not in FAMILIES:
         raise ModelError(
-            f"parallel.cp {ranks} does not divide the {query_heads} query heads of a layer; "
-            f"use {', '.join(divisors)}"
+            f"parallel.cp {cp} is for {' and '.join(FAMILIES)} models, not for {hf_config.model_type}; "
+            "leave it out"
+        )
+    heads = hf_config.num_attention_heads // tp
+    if heads % cp:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ModelError(
+            f"parallel.cp {cp} does not divide the {heads} query heads of a layer"
+            f"{f' that parallel.tp {tp} leaves' if tp > 1 else ''}; use {divisors}"
         )
 
 
