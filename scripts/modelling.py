@@ -98,7 +98,9 @@ def judge_first_loss(
     if not first_loss_counts(job.config.model.check_first_loss, parameters):
         return micro_batches
     first = list(islice(micro_batches, job.grad_accum_steps))
-    loss = evaluate_loss(model, first, loss_fn=causal_lm_loss, device=job.device)
+    loss = evaluate_loss(
+        model, first, loss_fn=causal_lm_loss, device=job.device, parallel=job.config.parallel
+    )
     vocab_size = model.hf.config.vocab_size
     check_first_loss(loss, vocab_size=vocab_size)
     say(f"first loss {loss:.2f}; a guess costs {math.log(vocab_size):.2f}")
@@ -121,7 +123,10 @@ def evaluate_model(
         for source in job.prepared["evaluation"]
     ]
     batches = open_batches(job, mix(sources), tokenizer, training=False)
-    values = {"eval_loss": evaluate_loss(model, batches, loss_fn=causal_lm_loss, device=job.device)}
+    loss = evaluate_loss(
+        model, batches, loss_fn=causal_lm_loss, device=job.device, parallel=config.parallel
+    )
+    values = {"eval_loss": loss}
     if uses_embedded_data(config) and config.evaluation.generate_rows > 0:
         asked = questions("test", config.evaluation.generate_rows)
         answers = generate_answers(
@@ -130,6 +135,7 @@ def evaluate_model(
             [prompt for prompt, _ in asked],
             max_new_tokens=config.evaluation.max_new_tokens,
             device=job.device,
+            copies=job.ranks.world_size // job.data_rank.size,
         )
         model.reshard()  # type: ignore[operator]  # a method of FSDP modules
         right = sum(

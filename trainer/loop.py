@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from trainer.config import OptimizerConfig
+from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.distributed import max_over_ranks, sum_over_ranks
 from trainer.errors import TrainError
 from trainer.hardware import peak_memory_gib
@@ -23,6 +23,7 @@ from trainer.optimizer import clip_gradients, set_learning_rate
 from trainer.parallel import set_gradient_sync
 
 Batch = Mapping[str, Tensor]
+DATA_PARALLEL = ParallelConfig()
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -92,15 +93,16 @@ def train(
     advance: Callable[[], None],
     stop: StopRequest,
     speedometer: Speedometer,
+    parallel: ParallelConfig = DATA_PARALLEL,
 ) -> bool:
-    """Run steps `progress.step + 1` to `steps`; every rank calls this with its own batches.
+    """Run steps `progress.step + 1` to `steps`; every rank calls this with the batches of its data-parallel rank.
 
     Args:
         model: sharded (`trainer.parallel.parallelise`) or a plain module in a group of one rank.
         optimizer: over the model's parameters; its learning rate is set before every step.
         batches: this rank's micro-batches from `progress.samples` on. Each has, beside what the loss needs,
             `counts` [4] int64 on the host: real tokens, padding tokens, valid labels, squared document lengths.
-        loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the batch's valid labels.
+        loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the valid labels of this rank's tokens.
         learning_rate: pure function of the step.
         optimizer_config: clipping and how many steps in a row may be skipped.
         progress: advanced in place.
@@ -118,6 +120,7 @@ def train(
         advance: called after every step.
         stop: polled once per step.
         speedometer: turns counts into `mfu_pct`.
+        parallel: of its axes, ranks along `cp` and `tp` have the same batches, those along `tp` also the same loss.
 
     Returns:
         True when the last step was reached, False when a stop was requested.
@@ -126,7 +129,7 @@ def train(
         TrainError: too many steps in a row had a gradient that is not finite.
     """
     batches = iter(batches)
-    window = Window(speedometer)
+    window = Window(speedometer, loss_copies=parallel.tp)
     skipped = 0
 
     for step in range(progress.step + 1, steps + 1):
@@ -135,16 +138,19 @@ def train(
         micro_batches = [next(batches) for _ in range(grad_accum_steps)]
         window.end_data_wait()
         counts = torch.stack([batch["counts"] for batch in micro_batches]).sum(0).tolist()
-        *counts, stop_votes = sum_over_ranks([*counts, stop.signal is not None])
+        *counts, stop_votes = sum_over_ranks(
+            [*counts, stop.signal is not None], copies=parallel.cp * parallel.tp
+        )
         valid_tokens = counts[2]
 
         step_loss = torch.zeros((), dtype=torch.float32, device=device)
         for index, batch in enumerate(micro_batches):
             set_gradient_sync(model, last=index == grad_accum_steps - 1)
             loss_sum, _metrics = loss_fn(model, to_device(batch, device))
-            # FSDP averages gradients over ranks; times the world size makes that the sum over ranks, and the global
-            # count makes it the mean over every valid token of the step, wherever it lies.
-            (loss_sum * (dist.get_world_size() / max(valid_tokens, 1))).backward()
+            # FSDP averages gradients over all axes but tp; times their size makes that the sum over ranks, and the
+            # global count makes it the mean over every valid token of the step, wherever it lies.
+            scale = dist.get_world_size() / parallel.tp / max(valid_tokens, 1)
+            (loss_sum * scale).backward()
             step_loss += loss_sum.detach()
 
         grad_norm = clip_gradients(model.parameters(), optimizer_config.max_grad_norm)
@@ -175,7 +181,7 @@ def train(
                     "skipped_steps": skipped,
                 }
             )
-            window = Window(speedometer)
+            window = Window(speedometer, loss_copies=parallel.tp)
         stopping = stop_votes > 0 and step < steps
         if (save_every and step % save_every == 0) or step == steps or stopping:
             save(progress)
@@ -194,8 +200,9 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 class Window:
     """Sums over the steps since the last logged row. Nothing here waits for the device until `row`."""
 
-    def __init__(self, speedometer: Speedometer) -> None:
+    def __init__(self, speedometer: Speedometer, *, loss_copies: int) -> None:
         self._speedometer = speedometer
+        self._loss_copies = loss_copies
         self._losses: list[Tensor] = []
         self._counts = [0.0] * 4
         self._steps = 0
@@ -216,7 +223,9 @@ class Window:
 
     def row(self, device: torch.device) -> dict[str, Any]:
         """Means and sums over all ranks and the steps of the window; `loss` is the mean over all valid tokens."""
-        (loss_sum,) = sum_over_ranks([float(torch.stack(self._losses).double().sum())])
+        (loss_sum,) = sum_over_ranks(
+            [float(torch.stack(self._losses).double().sum())], copies=self._loss_copies
+        )
         # Steps end together, so the slowest rank's clock is the run's.
         seconds, data_wait, memory = max_over_ranks(
             [self._seconds, self._data_wait_seconds, peak_memory_gib(device)]
@@ -240,11 +249,16 @@ class Window:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: nn.Module, batches: Iterable[Batch], *, loss_fn: LossFunction, device: torch.device
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    loss_fn: LossFunction,
+    device: torch.device,
+    parallel: ParallelConfig = DATA_PARALLEL,
 ) -> float:
     """Mean loss per valid token over all batches of all ranks; the same for any number of ranks.
 
-    Every rank must bring the same number of batches; one with nothing left brings padding.
+    Every rank must bring the same number of batches; one with nothing left brings padding. Of `parallel`, see `train`.
     """
     was_training = model.training
     model.eval()
@@ -256,5 +270,6 @@ def evaluate_loss(
     model.train(was_training)
     if isinstance(model, FSDPModule):
         model.reshard()  # without a backward nobody frees the root's gathered parameters
-    loss_sum, valid_tokens = sum_over_ranks([float(loss), valid])
+    (loss_sum,) = sum_over_ranks([float(loss)], copies=parallel.tp)
+    (valid_tokens,) = sum_over_ranks([valid], copies=parallel.cp * parallel.tp)
     return loss_sum / max(valid_tokens, 1)
