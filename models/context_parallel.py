@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig
 
 from models.errors import ModelError
 
-
 # Others mix tokens outside of attention: router losses are means over tokens, GatedDeltaNet hands a state along the row.
 FAMILIES = ("qwen2", "qwen3")
 

@@ -25,10 +25,11 @@ from models.build import (
     read_model_config,
 )
 from models.causal_lm import PackedCausalLM
+from models.context_parallel import check_context_parallel
 from models.export import export_model, staged, write_model_files
 from models.generation import generate_answers
 from models.weights import LoadReport, load_weights
-from scripts.batching import open_batches
+from scripts.batching import open_batches, slices
 from scripts.job import Job
 from scripts.model_card import model_card
 from scripts.preparation import (
@@ -48,8 +49,11 @@ def build_sharded_model(
     config = job.config.model
     folder = Path(job.prepared["model"]) if job.prepared["model"] else None
     random = folder is None or config.init == "random"
+    hf_config = read_model_config(config, folder, tokenizer)
+    parallel = job.config.parallel
+    check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
     model = build_model(
-        read_model_config(config, folder, tokenizer),
+        hf_config,
         attention=config.attention,
         seed=job.config.seed if random else None,
     )
@@ -70,6 +74,8 @@ def build_sharded_model(
 
 
 def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> None:
+    if config.cp > 1:
+        model.cp_group = mesh["cp"].get_group()
     parallelise(
         model,
         config,
@@ -122,7 +128,7 @@ def evaluate_model(
         )
         for source in job.prepared["evaluation"]
     ]
-    batches = open_batches(job, mix(sources), tokenizer, training=False)
+    batches = slices(job, open_batches(job, mix(sources), tokenizer, training=False))
     loss = evaluate_loss(
         model, batches, loss_fn=causal_lm_loss, device=job.device, parallel=config.parallel
     )
@@ -135,7 +141,7 @@ def evaluate_model(
             [prompt for prompt, _ in asked],
             max_new_tokens=config.evaluation.max_new_tokens,
             device=job.device,
-            copies=job.ranks.world_size // job.data_rank.size,
+            copies=config.parallel.tp,
         )
         model.reshard()  # type: ignore[operator]  # a method of FSDP modules
         right = sum(

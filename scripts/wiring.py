@@ -24,6 +24,7 @@ from scripts.batching import (
     open_batches,
     open_stream,
     order_of_samples,
+    slices,
     total_ledger,
 )
 from scripts.config import TrainConfig
@@ -143,7 +144,7 @@ def _run(job: Job) -> int:
         reporting.write_run_files(job, mesh, weights, mixture) if ranks.is_first else None
     )
     raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
-    micro_batches = iter(batches)
+    micro_batches = slices(job, batches)
     if progress.step == 0 and weights is not None:
         micro_batches = judge_first_loss(job, model, micro_batches, say)
 

@@ -99,7 +99,9 @@ def test_heads_that_cannot_be_shared_are_an_error() -> None:
         check_context_parallel(config, cp=cp, tp=tp)
     with pytest.raises(ModelError, match=r"cp 8 does not divide the 12 .* use 1, 2, 3, 4, 6, 12$"):
         check_context_parallel(config, cp=8)
-    with pytest.raises(ModelError, match=r"cp 4 .* the 6 query heads .*tp 2 leaves; use 1, 2, 3, 6$"):
+    with pytest.raises(
+        ModelError, match=r"cp 4 .* the 6 query heads .*tp 2 leaves; use 1, 2, 3, 6$"
+    ):
         check_context_parallel(config, cp=4, tp=2)
     config.model_type = "qwen3_moe"
     check_context_parallel(config, cp=1)
