@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedTokenizerBase
 
 from data.embedded import check_answer, questions
@@ -28,6 +29,7 @@ from models.causal_lm import PackedCausalLM
 from models.context_parallel import check_context_parallel
 from models.export import export_model, staged, write_model_files
 from models.generation import generate_answers
+from models.tensor_parallel import tensor_parallel_plan
 from models.weights import LoadReport, load_weights
 from scripts.batching import open_batches, slices
 from scripts.job import Job
@@ -51,13 +53,14 @@ def build_sharded_model(
     random = folder is None or config.init == "random"
     hf_config = read_model_config(config, folder, tokenizer)
     parallel = job.config.parallel
+    plan = tensor_parallel_plan(hf_config, parallel.tp)
     check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
     model = build_model(
         hf_config,
         attention=config.attention,
         seed=job.config.seed if random else None,
     )
-    shard(model, job.config.parallel, mesh)
+    shard(model, parallel, mesh, plan)
     # Offloaded parameters live on the host; buffers are where the model computes.
     home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
     if random:
@@ -73,7 +76,12 @@ def build_sharded_model(
     return model, load_weights(model, folder)
 
 
-def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> None:
+def shard(
+    model: PackedCausalLM,
+    config: ParallelConfig,
+    mesh: DeviceMesh,
+    layer_plan: Mapping[str, ParallelStyle],
+) -> None:
     if config.cp > 1:
         model.cp_group = mesh["cp"].get_group()
     parallelise(
@@ -83,6 +91,7 @@ def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> No
         layer_classes=decoder_layer_classes(model),
         root_parameters=[model.head.weight],
         forward_methods=["generate"],
+        layer_plan=layer_plan,
     )
 
 

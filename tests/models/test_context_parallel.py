@@ -13,6 +13,7 @@ from data.loader import slice_sequence
 from models.build import decoder_layer_classes
 from models.context_parallel import check_context_parallel, heads_for_tokens, tokens_for_heads
 from models.errors import ModelError
+from models.tensor_parallel import tensor_parallel_plan
 from tests.support.models import full, packed_batch, random_documents, tiny_config, tiny_model
 from tests.support.ranks import run_ranks
 from trainer.config import ParallelConfig
@@ -136,6 +137,7 @@ def _step(case: Case) -> dict[str, Any]:
         mesh,
         layer_classes=decoder_layer_classes(model),
         root_parameters=[model.head.weight],
+        layer_plan=tensor_parallel_plan(model.hf.config, config.tp),
     )
     model.cp_group = mesh["cp"].get_group()
     rows = _rows()
@@ -145,8 +147,8 @@ def _step(case: Case) -> dict[str, Any]:
         set_gradient_sync(model, last=index == grad_accum_steps - 1)
         batch = packed_batch(rows[start : start + count], SEQ_LEN, max_documents=9)
         loss_sum, _ = causal_lm_loss(model, slice_sequence(batch, data.part, data.parts))
-        (loss_sum * (world_size / _valid())).backward()
-        total += loss_sum.detach()
+        (loss_sum * (world_size / config.tp / _valid())).backward()
+        total += loss_sum.detach() / config.tp
     dist.all_reduce(total)
     norm = clip_gradients(model.parameters(), 0.0)
     gradients = {name: full(p.grad) for name, p in model.named_parameters()}
@@ -183,6 +185,8 @@ RECOMPUTED = {"activation_checkpointing": "full"}
                 ("qwen3", False, _config(cp=2), 2),
                 ("qwen2", False, _config(cp=4, reshard_after_forward=2), 1),
                 ("qwen2", True, _config(cp=2, dp_replicate=2, **RECOMPUTED), 1),
+                ("qwen3", False, _config(cp=2, tp=2, **RECOMPUTED), 2),
+                ("qwen2", True, _config(cp=2, tp=2), 1),
             ],
         ),
     ],
