@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from models.errors import ModelError
 
-# Others mix tokens outside of attention: router losses are means over tokens, GatedDeltaNet hands a state along the row.
+# Others need whole rows outside of attention too: routers for their loss, GatedDeltaNet for the state it hands along.
 FAMILIES = ("qwen2", "qwen3")
 
 

@@ -29,6 +29,7 @@ from models.causal_lm import PackedCausalLM
 from models.context_parallel import check_context_parallel
 from models.export import export_model, staged, write_model_files
 from models.generation import generate_answers
+from models.layers import sparse_layers
 from models.tensor_parallel import tensor_parallel_plan
 from models.weights import LoadReport, load_weights
 from scripts.batching import open_batches, slices
@@ -39,8 +40,8 @@ from scripts.preparation import (
 )
 from trainer.config import ParallelConfig
 from trainer.distributed import raise_together
-from trainer.loop import evaluate_loss
-from trainer.loss import causal_lm_loss
+from trainer.loop import LossFunction, evaluate_loss
+from trainer.loss import causal_lm_loss, routed_causal_lm_loss
 from trainer.parallel import DTYPES, parallelise
 
 
@@ -92,6 +93,18 @@ def shard(
         root_parameters=[model.head.weight],
         forward_methods=["generate"],
         layer_plan=layer_plan,
+    )
+
+
+def training_loss(model: PackedCausalLM) -> LossFunction:
+    """Cross-entropy, and for a mixture of experts also the loss that balances them."""
+    hf_config = model.hf.config
+    if not sparse_layers(hf_config):
+        return causal_lm_loss
+    return partial(
+        routed_causal_lm_loss,
+        experts_per_token=hf_config.num_experts_per_tok,
+        aux_loss_coef=hf_config.router_aux_loss_coef,
     )
 
 
@@ -194,6 +207,7 @@ def export(
             is_writer=job.ranks.is_first,
             source=Path(job.prepared["model"]) if job.prepared["model"] else None,
             card=partial(model_card, job.output_dir, step),
+            verify=job.config.checkpoint.verify_export,
         )
     except (OSError, ValueError) as reason:
         error = str(reason)

@@ -36,6 +36,7 @@ from scripts.modelling import (
     export,
     judge_first_loss,
     save_model_files,
+    training_loss,
 )
 from scripts.preparation import (
     open_mixture,
@@ -48,7 +49,6 @@ from trainer.distributed import Ranks, max_over_ranks, once, raise_together, sta
 from trainer.errors import TrainError
 from trainer.hardware import choose_device, configure, peak_flops
 from trainer.loop import Progress, Speedometer, StopRequest, train
-from trainer.loss import causal_lm_loss
 from trainer.metrics import MetricsWriter
 from trainer.optimizer import build_optimizer, learning_rate_at
 from trainer.parallel import DTYPES, build_mesh, data_rank
@@ -73,7 +73,7 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
     prepared = once(
         ranks,
         "prepare",
-        partial(prepare, pinned, cache_dir, world_size=data.size),
+        partial(prepare, pinned, cache_dir, world_size=data.size, device_type=device_type),
         shared_folder=cache_dir,
     )
     device = start(ranks, device_type)
@@ -170,7 +170,7 @@ def _run(job: Job) -> int:
             model,
             optimizer,
             micro_batches,
-            loss_fn=causal_lm_loss,
+            loss_fn=training_loss(model),
             learning_rate=partial(
                 learning_rate_at,
                 steps=steps,

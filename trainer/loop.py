@@ -102,7 +102,8 @@ def train(
         optimizer: over the model's parameters; its learning rate is set before every step.
         batches: this rank's micro-batches from `progress.samples` on. Each has, beside what the loss needs,
             `counts` [4] int64 on the host: real tokens, padding tokens, valid labels, squared document lengths.
-        loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the valid labels of this rank's tokens.
+        loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the valid labels of this rank's tokens; see
+            `Window.add` for the metrics.
         learning_rate: pure function of the step.
         optimizer_config: clipping and how many steps in a row may be skipped.
         progress: advanced in place.
@@ -143,15 +144,14 @@ def train(
         )
         valid_tokens = counts[2]
 
-        step_loss = torch.zeros((), dtype=torch.float32, device=device)
         for index, batch in enumerate(micro_batches):
             set_gradient_sync(model, last=index == grad_accum_steps - 1)
-            loss_sum, _metrics = loss_fn(model, to_device(batch, device))
+            loss_sum, metrics = loss_fn(model, to_device(batch, device))
             # FSDP averages gradients over all axes but tp; times their size makes that the sum over ranks, and the
             # global count makes it the mean over every valid token of the step, wherever it lies.
             scale = dist.get_world_size() / parallel.tp / max(valid_tokens, 1)
             (loss_sum * scale).backward()
-            step_loss += loss_sum.detach()
+            window.add({"loss": loss_sum, **metrics})
 
         grad_norm = clip_gradients(model.parameters(), optimizer_config.max_grad_norm)
         if math.isfinite(grad_norm):  # the norm is global: all ranks decide alike
@@ -162,7 +162,7 @@ def train(
             skipped += 1
         optimizer.zero_grad()
         progress.step, progress.samples = step, progress.samples + global_batch_size
-        window.end_step(step_loss, counts)
+        window.end_step(counts)
         advance()
 
         if skipped > optimizer_config.max_skipped_steps:
@@ -203,7 +203,7 @@ class Window:
     def __init__(self, speedometer: Speedometer, *, loss_copies: int) -> None:
         self._speedometer = speedometer
         self._loss_copies = loss_copies
-        self._losses: list[Tensor] = []
+        self._sums: dict[str, Tensor] = {}
         self._counts = [0.0] * 4
         self._steps = 0
         self._seconds = self._data_wait_seconds = 0.0
@@ -214,17 +214,29 @@ class Window:
     def end_data_wait(self) -> None:
         self._data_wait_seconds += time.perf_counter() - self._began
 
-    def end_step(self, loss_sum: Tensor, counts: Sequence[float]) -> None:
-        """Take this rank's loss of the step and the step's counts over all ranks."""
-        self._losses.append(loss_sum)
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Take sums over a micro-batch of this rank; the same names come from every rank, in the same order.
+
+        Args:
+            metrics: on the device. A scalar is a sum over valid tokens, logged as its mean; counts [..., bins]
+                are logged by how unevenly they fall on the bins (`unevenness`). What is named `loss` is logged
+                as the loss, in place of the sum that is differentiated.
+        """
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def end_step(self, counts: Sequence[float]) -> None:
+        """Take the step's counts over all ranks."""
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         self._steps += 1
         self._seconds += time.perf_counter() - self._began
 
     def row(self, device: torch.device) -> dict[str, Any]:
         """Means and sums over all ranks and the steps of the window; `loss` is the mean over all valid tokens."""
-        (loss_sum,) = sum_over_ranks(
-            [float(torch.stack(self._losses).double().sum())], copies=self._loss_copies
+        sums = torch.cat([value.flatten() for value in self._sums.values()])
+        totals = torch.tensor(
+            sum_over_ranks(sums.tolist(), copies=self._loss_copies), dtype=torch.float64
         )
         # Steps end together, so the slowest rank's clock is the run's.
         seconds, data_wait, memory = max_over_ranks(
@@ -233,8 +245,15 @@ class Window:
         tokens, padding_tokens, valid_tokens, squared_lengths = self._counts
         flops = self._speedometer.flops(tokens, valid_tokens, squared_lengths)
         peak = self._speedometer.peak_flops
+        metrics: dict[str, float] = {}
+        sizes = [value.numel() for value in self._sums.values()]
+        for (name, value), total in zip(self._sums.items(), totals.split(sizes), strict=True):
+            if value.ndim == 0:
+                metrics[name] = float(total) / max(valid_tokens, 1)
+            else:
+                metrics |= unevenness(name, total.view(value.shape))
         return {
-            "loss": loss_sum / max(valid_tokens, 1),
+            **metrics,
             "valid_tokens": int(valid_tokens),
             "tokens": int(tokens),
             "padding_tokens": int(padding_tokens),
@@ -245,6 +264,19 @@ class Window:
             "data_wait_seconds": data_wait / self._steps,
             "memory_peak_gib": memory,
         }
+
+
+def unevenness(name: str, counts: Tensor) -> dict[str, float]:
+    """`NAME_max_ratio`, the fullest bin over the mean one, and `NAME_idle_pct`, the share of empty bins.
+
+    Args:
+        counts: [..., bins]; the ratio is that of the most uneven row.
+    """
+    ratio = (counts.amax(-1) / counts.mean(-1)).max()
+    return {
+        f"{name}_max_ratio": float(ratio),
+        f"{name}_idle_pct": 100 * float((counts == 0).double().mean()),
+    }
 
 
 @torch.no_grad()
@@ -264,8 +296,8 @@ def evaluate_loss(
     model.eval()
     loss, valid = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
-        loss_sum, _metrics = loss_fn(model, to_device(batch, device))
-        loss += loss_sum.double().cpu()
+        loss_sum, metrics = loss_fn(model, to_device(batch, device))
+        loss += metrics.get("loss", loss_sum).double().cpu()
         valid += int(batch["counts"][2])
     model.train(was_training)
     if isinstance(model, FSDPModule):

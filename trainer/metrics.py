@@ -19,6 +19,9 @@ TENSORBOARD_GROUPS = {
     "loss": "train",
     "grad_norm": "train",
     "learning_rate": "train",
+    "router_aux_loss": "train",
+    "expert_load_max_ratio": "train",
+    "expert_load_idle_pct": "train",
     "eval_loss": "evaluation",
     "exact_match_pct": "evaluation",
 }
