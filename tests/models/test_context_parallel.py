@@ -182,7 +182,7 @@ RECOMPUTED = {"activation_checkpointing": "full"}
             4,
             [
                 ("qwen3", True, _config(cp=4, **RECOMPUTED), 2),
-                ("qwen3", False, _config(cp=2), 2),
+                ("qwen3", False, _config(cp=2, activation_checkpointing="selective"), 2),
                 ("qwen2", False, _config(cp=4, reshard_after_forward=2), 1),
                 ("qwen2", True, _config(cp=2, dp_replicate=2, **RECOMPUTED), 1),
                 ("qwen3", False, _config(cp=2, tp=2, **RECOMPUTED), 2),
