@@ -83,6 +83,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "data_seed": "--seed",
     "gradient_checkpointing": "--parallel.activation_checkpointing",
     "fsdp_offload_params": "--parallel.cpu_offload",
+    "context_parallel_size": "--parallel.cp",
+    "cp_size": "--parallel.cp",
     "fsdp_reshard_after_forward": "--parallel.reshard_after_forward",
     "torch_compile": "--parallel.compile",
     "bf16": "--parallel.param_dtype",
@@ -498,7 +500,16 @@ def validate(config: TrainConfig) -> None:
         mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
         f"--checkpoint.mirror must be a URL such as s3://bucket/run, got {mirror!r}",
     )
-    require(config.parallel.cp == 1, "--parallel.cp is not supported yet: leave it at 1")
+    cp = config.parallel.cp
+    require(
+        config.data.seq_len % cp == 0,
+        f"--data.seq_len {config.data.seq_len} is not divisible by --parallel.cp {cp}, the ranks that "
+        f"share a row; use a multiple of it such as {-(-config.data.seq_len // cp) * cp}",
+    )
+    require(
+        cp == 1 or config.model.attention == "packed",
+        "--parallel.cp needs --model.attention packed: a dense mask is of whole rows",
+    )
     keep = config.parallel.reshard_after_forward
     require(
         isinstance(keep, bool) or keep >= 2,

@@ -26,12 +26,13 @@ from models.build import (
     read_model_config,
 )
 from models.causal_lm import PackedCausalLM
+from models.context_parallel import check_context_parallel
 from models.export import export_model, staged, write_model_files
 from models.generation import generate_answers
 from models.layers import sparse_layers
 from models.tensor_parallel import tensor_parallel_plan
 from models.weights import LoadReport, init_weights, load_weights
-from scripts.batching import open_batches
+from scripts.batching import open_batches, slices
 from scripts.job import Job
 from scripts.model_card import model_card
 from scripts.preparation import (
@@ -52,9 +53,11 @@ def build_sharded_model(
     folder = Path(job.prepared["model"]) if job.prepared["model"] else None
     random = folder is None or config.init == "random"
     hf_config = read_model_config(config, folder, tokenizer)
-    plan = tensor_parallel_plan(hf_config, job.config.parallel.tp)
+    parallel = job.config.parallel
+    plan = tensor_parallel_plan(hf_config, parallel.tp)
+    check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
     model = build_model(hf_config, attention=config.attention, seed=None)
-    shard(model, job.config.parallel, mesh, plan)
+    shard(model, parallel, mesh, plan)
     # Offloaded parameters live on the host; buffers are where the model computes.
     home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
     materialise(model, home)
@@ -74,6 +77,8 @@ def shard(
     mesh: DeviceMesh,
     layer_plan: Mapping[str, ParallelStyle],
 ) -> None:
+    if config.cp > 1:
+        model.cp_group = mesh["cp"].get_group()
     parallelise(
         model,
         config,
@@ -139,7 +144,7 @@ def evaluate_model(
         )
         for source in job.prepared["evaluation"]
     ]
-    batches = open_batches(job, mix(sources), tokenizer, training=False)
+    batches = slices(job, open_batches(job, mix(sources), tokenizer, training=False))
     loss = evaluate_loss(
         model, batches, loss_fn=causal_lm_loss, device=job.device, parallel=config.parallel
     )
@@ -152,7 +157,7 @@ def evaluate_model(
             [prompt for prompt, _ in asked],
             max_new_tokens=config.evaluation.max_new_tokens,
             device=job.device,
-            copies=job.ranks.world_size // job.data_rank.size,
+            copies=config.parallel.tp,
         )
         model.reshard()  # type: ignore[operator]  # a method of FSDP modules
         right = sum(

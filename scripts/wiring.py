@@ -19,7 +19,14 @@ from models.build import (
 )
 from models.flops import training_flops
 from scripts import reporting
-from scripts.batching import batch_sizes, gather_data, open_batches, open_stream, total_ledger
+from scripts.batching import (
+    batch_sizes,
+    gather_data,
+    open_batches,
+    open_stream,
+    slices,
+    total_ledger,
+)
 from scripts.config import TrainConfig
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
 from scripts.job import Job
@@ -149,7 +156,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
         reporting.write_run_files(job, mesh, weights, mixture) if ranks.is_first else None
     )
     raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
-    micro_batches = iter(batches)
+    micro_batches = slices(job, batches)
     if progress.step == 0 and weights is not None:
         micro_batches = judge_first_loss(job, model, micro_batches, say)
 

@@ -52,13 +52,19 @@ class DataRank:
 
     rank: int
     size: int
+    part: int
+    """Along `cp`: which of `parts` slices of every row; ranks along `tp` work on the same."""
+    parts: int
 
 
 def data_rank(config: ParallelConfig, *, rank: int, world_size: int) -> DataRank:
     """The place of `rank` along `dp_replicate` and `dp_shard`; raises as `mesh_sizes`."""
     sizes = mesh_sizes(config, world_size=world_size)
     return DataRank(
-        rank // (sizes["cp"] * sizes["tp"]), size=sizes["dp_replicate"] * sizes["dp_shard"]
+        rank=rank // (sizes["cp"] * sizes["tp"]),
+        size=sizes["dp_replicate"] * sizes["dp_shard"],
+        part=rank // sizes["tp"] % sizes["cp"],
+        parts=sizes["cp"],
     )
 
 
