@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -57,7 +58,8 @@ class PackedCausalLM(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' `generate`; under FSDP it is entered like a forward (`register_fsdp_forward_method`)."""
-        with dense_attention(self.hf):
+        # Every token of an answer has another shape: compiled layers would be compiled for each.
+        with dense_attention(self.hf), torch.compiler.set_stance("force_eager"):
             return self.hf.generate(*args, **kwargs)  # type: ignore[operator]  # from GenerationMixin
 
 

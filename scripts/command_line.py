@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -484,10 +485,18 @@ def validate(config: TrainConfig) -> None:
         f"callable:package.function, got {config.parallel.wrap_policy!r}",
     )
     require(
-        not (config.parallel.compile and config.parallel.activation_checkpointing != "none"),
-        "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing "
-        "recomputes: keep one of them",
+        not (config.parallel.compile and config.parallel.activation_checkpointing == "op"),
+        "--parallel.compile hides from --parallel.activation_checkpointing op which operations to keep: "
+        "use full or selective with it, or none",
     )
+    for flag, wanted in (
+        ("parallel.float8", values["parallel.float8"] != "none"),
+        ("optimizer.state_dtype", values["optimizer.state_dtype"] == "int8"),
+    ):
+        require(
+            not wanted or importlib.util.find_spec("torchao") is not None,
+            f"--{flag} {values[flag]} needs torchao: pip install -c constraints.txt -e '.[torchao]'",
+        )
     keep = config.parallel.reshard_after_forward
     require(
         isinstance(keep, bool) or keep >= 2,

@@ -23,7 +23,7 @@ from scripts.command_line import printable, to_yaml
 from scripts.config import TrainConfig
 from scripts.ledger import anything_left_out, ledger_table
 from trainer.loop import Progress
-from trainer.parallel import precision_table
+from trainer.precision import precision_table
 
 if TYPE_CHECKING:
     from scripts.job import Job
@@ -52,11 +52,7 @@ def header(
     config, world_size = job.config, job.ranks.world_size
     parameters = sum(p.numel() for p in model.parameters())
     seq_len = config.data.seq_len
-    precision = precision_table(
-        config.parallel,
-        state_dtype=config.optimizer.state_dtype,
-        export_dtype=config.model.dtype,
-    )
+    precision = precision_table(config.parallel, config.optimizer, export_dtype=config.model.dtype)
     rows = {
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
         f"{human(parameters)} parameters, {weights or 'random weights'}",
@@ -170,9 +166,7 @@ def write_run_files(
         "device": device_name(job.device),
         "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
         "precision": precision_table(
-            job.config.parallel,
-            state_dtype=job.config.optimizer.state_dtype,
-            export_dtype=job.config.model.dtype,
+            job.config.parallel, job.config.optimizer, export_dtype=job.config.model.dtype
         ),
         "global_batch_size": job.global_batch_size,
         "grad_accum_steps": job.grad_accum_steps,

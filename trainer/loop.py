@@ -19,7 +19,7 @@ from trainer.config import OptimizerConfig
 from trainer.distributed import max_over_ranks, sum_over_ranks
 from trainer.errors import TrainError
 from trainer.hardware import peak_memory_gib
-from trainer.optimizer import clip_gradients, set_learning_rate
+from trainer.optimizer import clip_gradients, rounding_metrics, set_learning_rate
 from trainer.parallel import set_gradient_sync
 
 Batch = Mapping[str, Tensor]
@@ -173,6 +173,7 @@ def train(
                     "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                     "learning_rate": learning_rate(step),
                     "skipped_steps": skipped,
+                    **rounding_metrics(optimizer),
                 }
             )
             window = Window(speedometer)

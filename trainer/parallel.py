@@ -1,7 +1,7 @@
 """Sharding from outside: a plain single-device module becomes a sharded one, in a fixed order.
 
-Activation checkpointing, then compile, then `fully_shard`: hooks of FSDP stay outside of what is recomputed or
-compiled, and parameter names never change.
+Float8, then compile, then activation checkpointing, then `fully_shard`: what is compiled is recomputed as a whole, hooks
+of FSDP stay outside of both, and parameter names never change.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from trainer.config import ParallelConfig
 from trainer.errors import TrainError
+from trainer.precision import compute_in_float8
 
 # The protocol of torch.distributed.fsdp.wrap: called once with recurse=True (go into this module's children?), once
 # with recurse=False (make it a group, given how many of its parameters its children have not taken?).
@@ -183,10 +184,10 @@ def parallelise(
     root_parameters: Collection[nn.Parameter] = (),
     forward_methods: Iterable[str] = (),
 ) -> list[nn.Module]:
-    """Apply activation checkpointing, compile and FSDP2 to `model`, in place.
+    """Apply the masters' type, float8, compile, activation checkpointing and FSDP2 to `model`, in place.
 
     Args:
-        model: fp32 parameters, real or on the meta device.
+        model: fp32 parameters, real or on the meta device; those that are trained get `config.master_dtype`.
         config: policy, precision, resharding, offloading, what is recomputed.
         mesh: from `build_mesh`.
         layer_classes: the decoder layers: what is recomputed and what is compiled.
@@ -197,10 +198,14 @@ def parallelise(
         The groups that were sharded, the root last.
     """
     layers = [module for module in model.modules() if isinstance(module, tuple(layer_classes))]
-    checkpoint_activations(layers, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPES[config.master_dtype])
+    if config.float8 != "none":
+        compute_in_float8(layers, config.float8)
     if config.compile:
-        for layer in layers:
-            layer.compile()
+        compile_layers(layers)
+    checkpoint_activations(layers, config)
     groups = [
         *select_groups(
             model,
@@ -209,10 +214,8 @@ def parallelise(
         ),
         model,
     ]
-    param_dtype = DTYPES[config.param_dtype]
     precision = MixedPrecisionPolicy(
-        param_dtype=None if param_dtype == torch.float32 else param_dtype,
-        reduce_dtype=DTYPES[config.reduce_dtype],
+        param_dtype=DTYPES[config.param_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
     )
     on_gpu = mesh.device_type == "cuda"
     # Pinned memory is copied while the GPU computes.
@@ -233,6 +236,12 @@ def parallelise(
     if on_gpu:
         set_prefetch(layers, config.prefetch_layers)
     return groups
+
+
+def compile_layers(layers: Sequence[nn.Module], *, backend: str = "inductor") -> None:
+    """Compile the forward of each of `layers`, for the shapes it meets; hooks, FSDP's too, run outside."""
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend)
 
 
 def checkpoint_activations(layers: Sequence[nn.Module], config: ParallelConfig) -> None:
@@ -287,7 +296,7 @@ class PlanRow:
     """Name of the module in the model; the root is `(root)`."""
     parameters: int
     master_bytes: int
-    """Of fp32 masters on the rank that holds most of them; gradients are as many, AdamW's state twice as many."""
+    """Of masters on the rank that holds most of them; gradients are as many."""
     gathered_bytes: int
     """While the group computes."""
 
@@ -328,16 +337,3 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
         model.set_is_last_backward(last)
-
-
-def precision_table(
-    config: ParallelConfig, *, state_dtype: str, export_dtype: str
-) -> dict[str, str]:
-    """The precision contract of a run, for people and for run.json."""
-    return {
-        "masters": "float32",
-        "optimizer state": state_dtype,
-        "compute and all-gather": config.param_dtype,
-        "reduction": config.reduce_dtype,
-        "export": export_dtype,
-    }

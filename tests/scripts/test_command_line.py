@@ -464,7 +464,7 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         (["--parallel.reshard_after_forward=1"], "true, false or a number from 2 on, got 1"),
         (
             ["--parallel.compile=true", "--parallel.activation_checkpointing=op"],
-            "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing",
+            "--parallel.compile hides from --parallel.activation_checkpointing op which operations",
         ),
         (["--parallel.checkpoint_every=0"], "--parallel.checkpoint_every must be at least 1"),
         (["--parallel.prefetch_layers=-1"], "--parallel.prefetch_layers must be at least 0"),
