@@ -256,7 +256,7 @@ def _has_whole_blocks(parameter: Tensor) -> bool:
 
 
 def _quantised_zeros(parameter: Tensor, *, signed: bool) -> Tensor:
-    from torchao.optim.subclass_8bit import OptimState8bit
+    from torchao.optim.subclass_8bit import OptimState8bit  # type: ignore[import-not-found]  # an extra
 
     local = _local(parameter)
     zeros = OptimState8bit.zeros(local.shape, signed=signed, block_size=256, device=local.device)

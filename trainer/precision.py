@@ -69,7 +69,10 @@ def compute_in_float8(layers: Iterable[nn.Module], recipe: str, *, emulate: bool
         TrainError: torchao is missing, there is no GPU that can, or no layer's dimensions allow it.
     """
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8 import (  # type: ignore[import-not-found]  # an extra
+            Float8LinearConfig,
+            convert_to_float8_training,
+        )
     except ImportError as error:
         raise TrainError(
             f"parallel.float8 {recipe} needs torchao ({error}): "

@@ -422,7 +422,7 @@ def test_rounding_noise_is_even_and_independent_of_its_neighbours() -> None:
     first, *others = (
         rounding_noise(weight, key).double() for key in ((1, 1, 0), (2, 1, 0), (1, 2, 0), (1, 1, 1))
     )
-    assert 0 <= first.min() and first.max() < 2**16
+    assert first.min() >= 0 and first.max() < 2**16
     counts = torch.histc(first, 256, 0, 2**16)
     assert (
         float(((counts - counts.mean()) ** 2 / counts.mean()).sum()) < 350

@@ -119,7 +119,6 @@ def _bf16_masters(folder: Path) -> dict[str, Any]:
     cases = {
         "exact": (replace(BF16, master_dtype="float32"), ADAMW),
         "adamw": (BF16, ADAMW),
-        "half": (BF16, half),
         "muon": (BF16, replace(half, name="muon")),
         "offloaded": (replace(BF16, cpu_offload=True), ADAMW),
         "nearest": (BF16, replace(ADAMW, rounding="nearest")),
@@ -134,7 +133,7 @@ def _bf16_masters(folder: Path) -> dict[str, Any]:
 def test_bf16_masters_train_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
     (one,) = run_ranks(_bf16_masters, 1, tmp_path / "1")
     two, other = run_ranks(_bf16_masters, 2, tmp_path / "2")
-    for name in ("adamw", "half", "muon", "offloaded", "nearest"):
+    for name in ("adamw", "muon", "offloaded", "nearest"):
         exact, found = one["exact"], one[name]
         assert found["types"] == {torch.bfloat16}
         assert exact["losses"][-1] < exact["losses"][0] - 0.5
@@ -147,7 +146,7 @@ def test_bf16_masters_train_alike_on_any_number_of_ranks(tmp_path: Path) -> None
         assert two[name]["losses"] == other[name]["losses"]
         differ = two[name]["parameters"] != found["parameters"]
         assert float(differ.float().mean()) < (0.2 if name == "muon" else 0.03), name
-        assert two[name]["norm"] == pytest.approx(found["norm"], rel=close), name
+        assert two[name]["norm"] == pytest.approx(found["norm"], rel=1e-3), name
     assert one["adamw"]["losses"] != one["nearest"]["losses"]
     for results in (one, two):
         assert results["adamw resumes"] and results["muon resumes"]
