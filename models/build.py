@@ -15,7 +15,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from models.attention import PACKED_ATTENTION
@@ -27,7 +32,18 @@ JUDGED_PARAMETERS = 10_000_000  # the smallest Qwen has some 500 million
 FIRST_LOSS_MARGIN = 0.5
 """Nats a token by which pretrained weights must beat a uniform guess on the first batch."""
 
-CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
+    config_class.model_type: config_class
+    for config_class in (
+        Qwen2Config,
+        Qwen2MoeConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+        Qwen3NextConfig,
+        Qwen3_5TextConfig,
+        Qwen3_5MoeTextConfig,
+    )
+}
 
 # The built-in model: small enough to learn the embedded chat data on two CPU cores in minutes.
 EMBEDDED_QWEN3: dict[str, Any] = {

@@ -173,6 +173,7 @@ def export(
             is_writer=job.ranks.is_first,
             source=Path(job.prepared["model"]) if job.prepared["model"] else None,
             card=partial(model_card, job.output_dir, step),
+            verify=job.config.checkpoint.verify_export,
         )
     except (OSError, ValueError) as reason:
         error = str(reason)

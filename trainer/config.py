@@ -130,6 +130,9 @@ class CheckpointConfig:
     export: bool = True
     """Write a Hugging Face model to OUTPUT_DIR/export at the end."""
 
+    verify_export: bool = True
+    """Read every file of the export again and compare it, by SHA-256, with what it should hold; costs one more read."""
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from models.build import build_model
+from models.build import CONFIG_CLASSES, build_model
 from models.causal_lm import PackedCausalLM
 
 IGNORE_INDEX = -100
@@ -21,8 +21,11 @@ VOCABULARY = 97  # odd: no world size divides it
 
 
 def tiny_config(kind: str = "qwen3", *, tied: bool = True, **changes: Any) -> PreTrainedConfig:
-    """Two layers, 4 query heads on 2 key/value heads; `kind` is `qwen2` or `qwen3`."""
-    values = {
+    """Two layers, 4 query heads on 2 key/value heads, 5 experts where there are any.
+
+    `kind` is a key of `CONFIG_CLASSES`. Where a family has layers of linear attention the first of the two is one.
+    """
+    values: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 56,
@@ -37,9 +40,23 @@ def tiny_config(kind: str = "qwen3", *, tied: bool = True, **changes: Any) -> Pr
         "eos_token_id": 1,
         "pad_token_id": 0,
     }
-    if kind == "qwen2":
-        return Qwen2Config(**{**values, **changes})
-    return Qwen3Config(**{**values, "head_dim": 8, **changes})
+    config_class = CONFIG_CLASSES[kind]
+    if kind != "qwen2":
+        values["head_dim"] = 8
+    known = config_class().to_dict()
+    if "num_experts" in known or "num_local_experts" in known:
+        values |= {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    if "shared_expert_intermediate_size" in known:
+        values["shared_expert_intermediate_size"] = 20
+    if "linear_num_key_heads" in known:
+        values |= {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        }
+    return config_class(**{**values, **changes})
 
 
 def tiny_model(
