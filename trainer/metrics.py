@@ -19,6 +19,7 @@ TENSORBOARD_GROUPS = {
     "loss": "train",
     "grad_norm": "train",
     "learning_rate": "train",
+    "update_rounded_to_zero_pct": "train",
     "eval_loss": "evaluation",
     "exact_match_pct": "evaluation",
 }
