@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trainer.checkpoint import Checkpointer
 from trainer.config import ParallelConfig
@@ -129,9 +128,8 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
         for key, value in {name: parameter, **state}.items():
             if isinstance(value, Tensor):
                 local = value.to_local() if isinstance(value, DTensor) else value.detach()
-                if is_traceable_wrapper_subclass(local):  # int8 state is several tensors
-                    parts, _ = local.__tensor_flatten__()
-                    found |= {f"{key}.{part}": getattr(local, part) for part in parts}
+                if hasattr(local, "codes"):  # int8 state
+                    found |= {f"{key}.{part}": getattr(local, part) for part in ("codes", "scale")}
                 else:
                     found[key] = local
     return found

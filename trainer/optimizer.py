@@ -109,7 +109,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
-        super().__init__(groups, {"lr": config.learning_rate})
+        # With the keys of torch's AdamW, so that either continues what the other has saved.
+        blank = torch.optim.AdamW([nn.Parameter(torch.empty(0))], lr=config.learning_rate)
+        super().__init__(groups, blank.defaults)
         self._config = config
         self._dtype = STATE_DTYPES.get(config.state_dtype, torch.float32)
         masters = {p.dtype for group in self.param_groups for p in group["params"]}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from data.loader import assemble
 from models.build import build_model, decoder_layer_classes
 from models.causal_lm import PackedCausalLM
-from scripts.benchmarks.common import Result, machine, setting, versions
+from scripts.benchmarks.common import Result, machine, setting, stopwatch, versions
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.loss import causal_lm_loss
 from trainer.optimizer import build_optimizer
@@ -105,16 +104,17 @@ def compare(sides: dict[str, Callable[[], Any]], repeats: int) -> Result:
     for side in made.values():
         side.run()  # allocates what stays: gradients, state
     found = {name: {**side.held(), "peak_mib": peak_mib(side.run)} for name, side in made.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    runs: dict[str, list[Result]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in made.items():
-            start = time.perf_counter()
-            side.run()
-            seconds[name].append(time.perf_counter() - start)
+            with stopwatch() as times:
+                side.run()
+            runs[name].append(times)
     first = next(iter(found))
     for name, values in found.items():
-        values |= {"seconds": median(seconds[name]), "every_seconds": seconds[name]}
-        for key in ("peak_mib", "held_mib", "seconds"):
+        values |= {key: median(t[key] for t in runs[name]) for key in ("seconds", "cpu_seconds")}
+        values["every_seconds"] = [times["seconds"] for times in runs[name]]
+        for key in ("peak_mib", "held_mib", "cpu_seconds"):
             if key in values:
                 values[f"{key}_ratio"] = values[key] / found[first][key]
     return found
@@ -226,23 +226,23 @@ def as_markdown(result: Result) -> str:
         f"{result['parameters'] / 1e6:.1f} M parameters, one row of {result['seq_len']} tokens, bfloat16 compute; "
         f"medians of {result['repeats']} runs",
         "",
-        "| activation checkpointing | peak MiB | of none | seconds | of none |",
-        "|---|---|---|---|---|",
+        "| activation checkpointing | peak MiB | of none | seconds | CPU seconds | of none |",
+        "|---|---|---|---|---|---|",
     ]
     for name, side in result["activations"].items():
         lines.append(
             f"| {name} | {side['peak_mib']:.0f} | {side['peak_mib_ratio']:.2f} "
-            f"| {side['seconds']:.2f} | {side['seconds_ratio']:.2f} |"
+            f"| {side['seconds']:.2f} | {side['cpu_seconds']:.2f} | {side['cpu_seconds_ratio']:.2f} |"
         )
     lines += [
         "",
-        "| optimizer | held MiB | bytes per parameter | of the first | step's peak MiB | step seconds | of the first |",
-        "|---|---|---|---|---|---|---|",
+        "| optimizer | held MiB | bytes per parameter | of the first | step's peak MiB | step seconds | CPU seconds | of the first |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, side in result["states"].items():
         lines.append(
             f"| {name} | {side['held_mib']:.1f} | {side['bytes_per_parameter']:.2f} "
             f"| {side['held_mib_ratio']:.2f} | {side['peak_mib']:.1f} "
-            f"| {side['seconds']:.3f} | {side['seconds_ratio']:.1f} |"
+            f"| {side['seconds']:.3f} | {side['cpu_seconds']:.3f} | {side['cpu_seconds_ratio']:.1f} |"
         )
     return "\n".join(lines)
