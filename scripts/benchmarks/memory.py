@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from data.loader import assemble
 from models.build import build_model, decoder_layer_classes
 from models.causal_lm import PackedCausalLM
-from scripts.benchmarks.common import Result, machine, setting, stopwatch, versions
+from scripts.benchmarks.common import Result, machine, setting, versions
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.loss import causal_lm_loss
 from trainer.optimizer import build_optimizer
@@ -107,15 +108,16 @@ def compare(sides: dict[str, Callable[[], Any]], repeats: int) -> Result:
     runs: dict[str, list[Result]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in made.items():
-            with stopwatch() as times:
-                side.run()
-            runs[name].append(times)
+            wall, cpu = time.perf_counter(), time.process_time()
+            side.run()
+            took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+            runs[name].append(took)
     first = next(iter(found))
     for name, values in found.items():
         values |= {key: median(t[key] for t in runs[name]) for key in ("seconds", "cpu_seconds")}
-        values["every_seconds"] = [times["seconds"] for times in runs[name]]
+        values["every_seconds"] = [took["seconds"] for took in runs[name]]
         for key in ("peak_mib", "held_mib", "cpu_seconds"):
-            if key in values:
+            if found[first].get(key):  # a fused step allocates nothing
                 values[f"{key}_ratio"] = values[key] / found[first][key]
     return found
 
@@ -144,7 +146,7 @@ class States:
     ) -> None:
         self._model = small_model(parallel, **shape)
         for parameter in self._model.parameters():
-            parameter.grad = torch.randn_like(parameter)
+            parameter.grad = torch.ones_like(parameter)
         self._optimizer = build_optimizer(
             self._model, config, layer_classes=decoder_layer_classes(self._model)
         )
