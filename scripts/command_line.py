@@ -155,6 +155,8 @@ _AT_LEAST: dict[str, float] = {
     "data.prepare_workers": 0,
     "data.workers": 0,
     "parallel.dp_replicate": 1,
+    "parallel.cp": 1,
+    "parallel.tp": 1,
     "parallel.min_wrap_params": 1,
     "parallel.checkpoint_every": 1,
     "parallel.prefetch_layers": 0,
@@ -497,6 +499,7 @@ def validate(config: TrainConfig) -> None:
             not wanted or importlib.util.find_spec("torchao") is not None,
             f"--{flag} {values[flag]} needs torchao: pip install -c constraints.txt -e '.[torchao]'",
         )
+    require(config.parallel.cp == 1, "--parallel.cp is not supported yet: leave it at 1")
     keep = config.parallel.reshard_after_forward
     require(
         isinstance(keep, bool) or keep >= 2,

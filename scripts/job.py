@@ -10,6 +10,7 @@ import torch
 
 from scripts.config import TrainConfig
 from trainer.distributed import Ranks
+from trainer.parallel import DataRank
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Job:
     cache_dir: Path
     output_dir: Path
     ranks: Ranks
+    data_rank: DataRank
     device: torch.device
     micro_batch_size: int
     global_batch_size: int

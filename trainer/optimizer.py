@@ -102,10 +102,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
     """Muon in groups with `muon` set, AdamW in the others; every update is computed in fp32.
 
     Parameters are fp32 or bf16, state is in `config.state_dtype`; int8 is torchao's, with a scale for every 256 elements
-    (https://arxiv.org/abs/2110.02861), where each rank holds whole blocks, and fp32 elsewhere. What is kept in bf16 is rounded stochastically unless
-    `config.rounding` is `nearest`, where a weight or an average stops moving as soon as a step changes it by less than
-    half of its last bit. The noise is a function of the step, the tensor and the element's place in the whole tensor: a
-    continued run repeats it, replicas stay equal, and the number of ranks does not matter.
+    (https://arxiv.org/abs/2110.02861), where each rank holds whole blocks, and fp32 elsewhere. What is kept in bf16 is
+    rounded stochastically unless `config.rounding` is `nearest`, where a weight or an average stops moving as soon as a
+    step changes it by less than half of its last bit. The noise is a function of the step, the tensor and the element's
+    place in the whole tensor: a continued run repeats it, replicas stay equal, and the number of ranks does not matter.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
@@ -310,7 +310,7 @@ def rounding_noise(tensor: Tensor, key: tuple[int, int, int]) -> Tensor:
         places = torch.arange(start, start + size, dtype=torch.int32, device=local.device)
         bits = bits.unsqueeze(-1) * whole + places
     bits = bits ^ (random.Random(repr(key)).getrandbits(32) - (1 << 31))
-    # Two rounds of https://github.com/skeeto/hash-prospector (lowbias32); products wrap, shifts keep the sign out.
+    # Two rounds of the hash lowbias32, https://github.com/skeeto/hash-prospector; products wrap, shifts keep the sign out.
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
         bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
         bits *= factor

@@ -107,7 +107,8 @@ def packed_batch(
     Args:
         rows: per row its documents, each [length] int64.
         seq_len: S.
-        max_documents: the offsets are padded to this many documents.
+        max_documents: the offsets are padded to this many documents, and at least to as many as the fullest
+            row of every batch would need.
         pad: token id of the padding.
     """
     shape = len(rows), seq_len
@@ -128,7 +129,8 @@ def packed_batch(
         if begin < seq_len:
             position_ids[row, begin:] = torch.arange(seq_len - begin)
             offsets.append((row + 1) * seq_len)
-    offsets += [len(rows) * seq_len] * (max_documents + 1 - len(offsets))
+    bound = len(rows) * (1 + max(len(documents) for documents in rows))
+    offsets += [len(rows) * seq_len] * (max(bound, max_documents) + 1 - len(offsets))
     label_positions = (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
     return {
         "input_ids": input_ids,
@@ -136,6 +138,7 @@ def packed_batch(
         "position_ids": position_ids,
         "document_offsets": torch.tensor(offsets, dtype=torch.int32),
         "label_positions": label_positions,
+        "row_tokens": torch.tensor([sum(map(len, documents)) for documents in rows]),
         "counts": torch.tensor(
             [real, len(rows) * seq_len - real, len(label_positions), squared], dtype=torch.int64
         ),
