@@ -464,7 +464,7 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         (["--parallel.reshard_after_forward=1"], "true, false or a number from 2 on, got 1"),
         (
             ["--parallel.compile=true", "--parallel.activation_checkpointing=op"],
-            "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing",
+            "--parallel.compile hides from --parallel.activation_checkpointing op which operations",
         ),
         (["--allow_changed=[sed]"], "--allow_changed takes data, packing, seq_len"),
         (["--checkpoint.mirror=bucket/run"], "--checkpoint.mirror must be a URL such as s3://"),
