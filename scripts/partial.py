@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -75,17 +74,12 @@ def part_record(job: Job, model: PackedCausalLM) -> dict[str, Any] | None:
     }
 
 
-def check_part(checkpoint: Path, now: dict[str, Any] | None) -> None:
-    """Refuse to continue a checkpoint that holds another part, or one of another base model.
+def check_part(checkpoint: Path, was: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
+    """Refuse to continue a checkpoint that holds another part, or one of another base model, given both records.
 
     Raises:
         TrainError: naming what differs.
     """
-    try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # restoring it says what is wrong
-    was = state.get("partial")
     if was and now and was["base"]["fingerprint"] != now["base"]["fingerprint"]:
         raise TrainError(
             f"{checkpoint} was trained on {_named(was['base'])}, whose files are not those of "

@@ -25,7 +25,8 @@ from scripts.config import TrainConfig
 from scripts.ledger import anything_left_out, ledger_table
 from scripts.partial import trains_part
 from trainer.loop import Progress
-from trainer.parallel import mesh_sizes, precision_table
+from trainer.parallel import mesh_sizes
+from trainer.precision import precision_table
 
 if TYPE_CHECKING:
     from scripts.job import Job
@@ -57,7 +58,7 @@ def header(
     seq_len = config.data.seq_len
     precision = precision_table(
         config.parallel,
-        state_dtype=config.optimizer.state_dtype,
+        config.optimizer,
         export_dtype=config.model.dtype,
         partial=trains_part(config),
     )
@@ -216,7 +217,7 @@ def write_run_files(
         "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
         "precision": precision_table(
             job.config.parallel,
-            state_dtype=job.config.optimizer.state_dtype,
+            job.config.optimizer,
             export_dtype=job.config.model.dtype,
             partial=trains_part(job.config),
         ),
