@@ -18,13 +18,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.embedded import build_tokenizer
-from models.build import CONFIG_CLASSES, build_model, check_packing, materialise
+from models.build import (
+    CONFIG_CLASSES,
+    build_model,
+    check_packing,
+    decoder_layer_classes,
+    materialise,
+)
 from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
 from models.export import export_model
 from models.layers import linear_attention_layers, sparse_layers
 from models.weights import load_weights
-from scripts.modelling import shard, training_loss
+from scripts.modelling import training_loss
 from tests.support.command import ROOT
 from tests.support.models import packed_batch, random_documents, save_checkpoint, tiny_config
 from tests.support.ranks import run_ranks
@@ -32,7 +38,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import CheckpointConfig, OptimizerConfig, ParallelConfig
 from trainer.loop import Progress, Speedometer, StopRequest, train
 from trainer.optimizer import build_optimizer
-from trainer.parallel import build_mesh
+from trainer.parallel import build_mesh, parallelise
 
 pytestmark = pytest.mark.distributed
 
@@ -101,7 +107,13 @@ class _Run:
         parallel = ParallelConfig(param_dtype="float32")
         self.model = build_model(tiny_config(kind, **_changes(kind)), attention="packed", seed=None)
         mesh = build_mesh(parallel, world_size=dist.get_world_size(), device_type="cpu")
-        shard(self.model, parallel, mesh)
+        parallelise(
+            self.model,
+            parallel,
+            mesh,
+            layer_classes=decoder_layer_classes(self.model),
+            root_parameters=[self.model.head.weight],
+        )
         materialise(self.model, CPU)
         load_weights(self.model, folder)
         self.config = OptimizerConfig(learning_rate=1e-4)
