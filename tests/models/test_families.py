@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ from models.build import (
     materialise,
 )
 from models.causal_lm import PackedCausalLM
+from models.context_parallel import check_context_parallel
 from models.errors import ModelError
 from models.export import export_model
 from models.layers import linear_attention_layers, sparse_layers
+from models.tensor_parallel import tensor_parallel_plan
 from models.weights import load_weights
 from scripts.modelling import training_loss
 from tests.support.command import ROOT
@@ -50,6 +54,8 @@ TABLE = {
     "loads": FAMILIES,
     "trains packed": ATTENDING,
     "trains unpacked": FAMILIES,
+    "tensor parallel": ["qwen2", "qwen3"],
+    "context parallel": ["qwen2", "qwen3"],
     "resumes": FAMILIES,
     "exports": FAMILIES,
 }
@@ -240,6 +246,18 @@ def test_what_cannot_be_packed_is_refused_with_the_remedy(kind: str) -> None:
     model = build_model(hf_config, attention="packed", seed=0)
     with pytest.raises(ValueError, match="can't keep packed sequences apart"):
         model(packed_batch([random_documents([12, 12])], SEQ_LEN))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_layers_and_rows_are_split_or_refused(kind: str) -> None:
+    """What is split is trained in test_tensor_parallel.py and test_context_parallel.py."""
+    hf_config = tiny_config(kind)
+    for column, split in (
+        ("tensor parallel", partial(tensor_parallel_plan, hf_config, 2)),
+        ("context parallel", partial(check_context_parallel, hf_config, cp=2)),
+    ):
+        with nullcontext() if kind in TABLE[column] else pytest.raises(ModelError, match=kind):
+            split()
 
 
 @pytest.mark.parametrize("kind", _each("resumes"))
