@@ -39,7 +39,7 @@ from jsonargparse import ArgumentParser
 
 from data.config import source_configs
 from data.errors import DataError
-from scripts.config import TrainConfig
+from scripts.config import LASTING, TrainConfig
 
 EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.yaml"
 
@@ -170,6 +170,7 @@ _AT_LEAST: dict[str, float] = {
     "schedule.warmup_steps": 0,
     "checkpoint.every": 0,
     "checkpoint.keep_last": 0,
+    "checkpoint.keep_every": 0,
     "evaluation.every": 0,
     "evaluation.max_rows": 1,
     "evaluation.generate_rows": 0,
@@ -501,6 +502,13 @@ def validate(config: TrainConfig) -> None:
     require(
         cp == 1 or config.model.attention == "packed",
         "--parallel.cp needs --model.attention packed: a dense mask is of whole rows",
+    )
+    unknown = [key for key in config.allow_changed if key not in LASTING]
+    require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
+    mirror = config.checkpoint.mirror
+    require(
+        mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
+        f"--checkpoint.mirror must be a URL such as s3://bucket/run, got {mirror!r}",
     )
     keep = config.parallel.reshard_after_forward
     require(
