@@ -76,7 +76,8 @@ class PackedCausalLM(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' `generate`; under FSDP it is entered like a forward (`register_fsdp_forward_method`)."""
-        with dense_attention(self.hf):
+        # Every token of an answer has another shape: compiled layers would be compiled for each.
+        with dense_attention(self.hf), torch.compiler.set_stance("force_eager"):
             return self.hf.generate(*args, **kwargs)  # type: ignore[operator]  # from GenerationMixin
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -489,9 +490,16 @@ def validate(config: TrainConfig) -> None:
         f"callable:package.function, got {config.parallel.wrap_policy!r}",
     )
     require(
-        not (config.parallel.compile and config.parallel.activation_checkpointing != "none"),
-        "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing "
-        "recomputes: keep one of them",
+        not (config.parallel.compile and config.parallel.activation_checkpointing == "op"),
+        "--parallel.compile hides from --parallel.activation_checkpointing op which operations to keep: "
+        "use full or selective with it, or none",
+    )
+    unknown = [key for key in config.allow_changed if key not in LASTING]
+    require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
+    mirror = config.checkpoint.mirror
+    require(
+        mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
+        f"--checkpoint.mirror must be a URL such as s3://bucket/run, got {mirror!r}",
     )
     cp = config.parallel.cp
     require(
@@ -503,13 +511,22 @@ def validate(config: TrainConfig) -> None:
         cp == 1 or config.model.attention == "packed",
         "--parallel.cp needs --model.attention packed: a dense mask is of whole rows",
     )
-    unknown = [key for key in config.allow_changed if key not in LASTING]
-    require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
-    mirror = config.checkpoint.mirror
-    require(
-        mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
-        f"--checkpoint.mirror must be a URL such as s3://bucket/run, got {mirror!r}",
-    )
+    for flag, wanted in (
+        ("parallel.float8", values["parallel.float8"] != "none"),
+        ("optimizer.state_dtype", values["optimizer.state_dtype"] == "int8"),
+    ):
+        require(
+            not wanted or importlib.util.find_spec("torchao") is not None,
+            f"--{flag} {values[flag]} needs torchao: pip install -c constraints.txt -e '.[torchao]'",
+        )
+    for flag, wanted in (
+        ("parallel.float8", config.parallel.float8 != "none"),
+        ("optimizer.state_dtype int8", config.optimizer.state_dtype == "int8"),
+    ):
+        require(
+            not wanted or config.parallel.tp == 1,
+            f"--parallel.tp above 1 does not go with --{flag}: use one of them",
+        )
     keep = config.parallel.reshard_after_forward
     require(
         isinstance(keep, bool) or keep >= 2,

@@ -51,7 +51,7 @@ from trainer.errors import TrainError
 from trainer.hardware import choose_device, configure, peak_flops
 from trainer.loop import Progress, Speedometer, StopRequest, train
 from trainer.metrics import MetricsWriter
-from trainer.optimizer import build_optimizer, learning_rate_at
+from trainer.optimizer import build_optimizer, learning_rate_at, state_bytes
 from trainer.parallel import DTYPES, build_mesh, data_rank
 
 
@@ -149,7 +149,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_first else lambda _: None
     say(reporting.header(job, model, weights, mixture, steps, progress))
     if config.dry_run:
-        say(plan_table(model, config.parallel))
+        say(plan_table(model, config.parallel, state_bytes(optimizer, config.optimizer)))
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
     raise_together(

@@ -159,7 +159,7 @@ def _check(case: tuple[Any, ...], ranks: list[dict[str, Any]]) -> None:
     if optimizer_config.name == "muon":
         loss, norm = 1e-3, 1e-3
     if config.param_dtype == "bfloat16":
-        loss, norm, gradient = 0.1, 0.05, 0.1
+        loss, norm, gradient = 0.1, 0.05, 0.3  # a bias of keys moves all scores alike: next to 0
     for row, right in zip(found["rows"], expected["rows"], strict=True):
         assert row["loss"] == pytest.approx(right["loss"], rel=0, abs=loss), case
         assert row["grad_norm"] == pytest.approx(right["grad_norm"], rel=norm), case
