@@ -120,7 +120,7 @@ def train(
         advance: called after every step.
         stop: polled once per step.
         speedometer: turns counts into `mfu_pct`.
-        parallel: of its axes, ranks along `cp` and `tp` have the same batches, those along `tp` also the same loss.
+        parallel: of its axes, ranks along `cp` and `tp` have the same rows and counts, those along `tp` also the same loss.
 
     Returns:
         True when the last step was reached, False when a stop was requested.

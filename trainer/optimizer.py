@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -376,13 +377,21 @@ def clip_gradients(parameters: Iterable[Tensor], max_grad_norm: float) -> float:
         The global norm before clipping, over all parameters and ranks; the same number on every rank. Reading it is
         the one point of a step where the host waits for the device.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    # In fp32, also where gradients are bf16.
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+    # Tensors of different meshes cannot meet in one operation.
+    meshes: dict[DeviceMesh | None, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            meshes.setdefault(mesh, []).append(parameter)
+    norms = []
+    for together in meshes.values():
+        # In fp32, also where gradients are bf16.
+        each = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in together]
+        norm = torch.linalg.vector_norm(torch.stack(each))
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
     value = float(norm)
     if max_grad_norm > 0 and value > max_grad_norm and math.isfinite(value):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        for together in meshes.values():
+            torch.nn.utils.clip_grads_with_norm_(together, max_grad_norm, norm)
     return value

@@ -1,14 +1,16 @@
 """Sharding from outside: a plain single-device module becomes a sharded one, in a fixed order.
 
-Float8, then compile, then activation checkpointing, then `fully_shard`: what is compiled is recomputed as a whole, hooks
-of FSDP stay outside of both, and parameter names never change.
+Tensor parallelism, float8, then compile, then activation checkpointing, then `fully_shard`: what is compiled is recomputed
+as a whole, hooks of FSDP stay outside of both, and parameter names never change.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +33,7 @@ from torch.distributed.fsdp.wrap import (
     transformer_auto_wrap_policy,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from trainer.config import ParallelConfig
@@ -50,13 +53,19 @@ class DataRank:
 
     rank: int
     size: int
+    part: int
+    """Along `cp`: which of `parts` slices of every row; ranks along `tp` work on the same."""
+    parts: int
 
 
 def data_rank(config: ParallelConfig, *, rank: int, world_size: int) -> DataRank:
     """The place of `rank` along `dp_replicate` and `dp_shard`; raises as `mesh_sizes`."""
     sizes = mesh_sizes(config, world_size=world_size)
     return DataRank(
-        rank // (sizes["cp"] * sizes["tp"]), size=sizes["dp_replicate"] * sizes["dp_shard"]
+        rank=rank // (sizes["cp"] * sizes["tp"]),
+        size=sizes["dp_replicate"] * sizes["dp_shard"],
+        part=rank // sizes["tp"] % sizes["cp"],
+        parts=sizes["cp"],
     )
 
 
@@ -92,17 +101,18 @@ def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> 
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
+def fsdp_mesh(mesh: DeviceMesh, *, tp: bool = False) -> DeviceMesh:
     """The axes of FSDP: parameters are sharded over the last, and replicated over the first of two.
 
-    Ranks along `cp` share the parameters like those along `dp_shard`: all of them reduce gradients together.
+    Ranks along `cp` share the parameters like those along `dp_shard`: all of them reduce gradients together. So do with
+    `tp` those along `tp`, for parameters that tensor parallelism leaves whole: their gradients are alike there, and so
+    is the average.
     """
-    shard = "dp_shard"
-    if mesh["cp"].size() > 1:
-        shard = "dp_shard_cp"
-        mesh["dp_shard", "cp"]._flatten(shard)
+    axes = [name for name in ("cp", "tp") if mesh[name].size() > 1 and (tp or name == "cp")]
+    shards = mesh["dp_shard", *axes]._flatten("_".join(["dp_shard", *axes]))
     # A mesh of (1, n) must not all-reduce over a single replica.
-    return mesh[shard] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", shard]
+    replicas = mesh["dp_replicate"]
+    return shards if replicas.size() == 1 else DeviceMesh._concatenate([replicas, shards])
 
 
 def wrap_policy(
@@ -219,8 +229,9 @@ def parallelise(
     layer_classes: Collection[type[nn.Module]],
     root_parameters: Collection[nn.Parameter] = (),
     forward_methods: Iterable[str] = (),
+    layer_plan: Mapping[str, ParallelStyle] | None = None,
 ) -> list[nn.Module]:
-    """Apply the masters' type, float8, compile, activation checkpointing and FSDP2 to `model`, in place.
+    """Apply tensor parallelism, masters' type, float8, compile, activation checkpointing and FSDP2, in place.
 
     Args:
         model: fp32 parameters, real or on the meta device; those that are trained get `config.master_dtype`.
@@ -229,11 +240,20 @@ def parallelise(
         layer_classes: the decoder layers: what is recomputed and what is compiled.
         root_parameters: see `select_groups`.
         forward_methods: methods of `model`, beside `forward`, that run the model.
+        layer_plan: how modules of a decoder layer, by their name in it, are split over `tp`.
 
     Returns:
         The groups that were sharded, the root last.
     """
     layers = [module for module in model.modules() if isinstance(module, tuple(layer_classes))]
+    if config.tp > 1:
+        # Every rank would say that gathering a parameter of both axes, as for an export, takes two steps, and that
+        # what a group of less than a layer returns must not be changed in place: transformers does not.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        for layer in layers:
+            # Every rank has the same whole parameters, or none yet: each takes its part of its own.
+            parallelize_module(layer, mesh["tp"], dict(layer_plan or {}), src_data_rank=None)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != DTYPES[config.master_dtype]:
             parameter.data = parameter.data.to(DTYPES[config.master_dtype])
@@ -256,11 +276,15 @@ def parallelise(
     on_gpu = mesh.device_type == "cuda"
     # Pinned memory is copied while the GPU computes.
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
-    shards = fsdp_mesh(mesh)
+    over_tp, beside_tp = fsdp_mesh(mesh, tp=True), fsdp_mesh(mesh)
     for group in groups:
+        # What the groups inside it have taken lies on a mesh with dp_shard by now.
+        split = any(
+            isinstance(p, DTensor) and p.device_mesh == mesh["tp"] for p in group.parameters()
+        )
         fully_shard(
             group,
-            mesh=shards,
+            mesh=beside_tp if split else over_tp,
             mp_policy=precision,
             # Backward needs the root's parameters at once: freeing them after forward would only gather them twice.
             reshard_after_forward=False if group is model else config.reshard_after_forward,
@@ -333,7 +357,7 @@ class PlanRow:
     master_bytes: int
     """Of masters on the rank that holds most of them; gradients are as many."""
     gathered_bytes: int
-    """While the group computes."""
+    """While the group computes; of what tensor parallelism splits, a rank's part."""
 
 
 def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
@@ -350,20 +374,23 @@ def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
                 group=name or "(root)",
                 parameters=numel,
                 master_bytes=sum(_largest_shard(p) * p.element_size() for p in parameters),
-                gathered_bytes=numel * DTYPES[config.param_dtype].itemsize,
+                gathered_bytes=sum(_largest_shard(p, of="tp") for p in parameters)
+                * DTYPES[config.param_dtype].itemsize,
             )
         )
     return rows[::-1]
 
 
-def _largest_shard(parameter: nn.Parameter) -> int:
-    """Elements on the first rank, which holds the most where the first dimension cannot be divided."""
+def _largest_shard(parameter: nn.Parameter, *, of: str | None = None) -> int:
+    """Elements on the first rank, which holds the most where a dimension cannot be divided; split over all axes or one."""
     assert isinstance(parameter, DTensor)
-    shards = 1
-    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
-        shards *= size if placement.is_shard() else 1
-    rows = parameter.shape[0]
-    return -(-rows // shards) * (parameter.numel() // rows)
+    mesh, sizes = parameter.device_mesh, list(parameter.shape)
+    axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
+    for name, ranks, placement in reversed(list(axes)):  # tp split it first
+        if of in (None, name) and not placement.is_replicate():
+            dim: int = getattr(placement, "dim")  # noqa: B009  # of both kinds of shards
+            sizes[dim] = -(-sizes[dim] // ranks)
+    return math.prod(sizes)
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
