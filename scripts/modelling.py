@@ -30,7 +30,7 @@ from models.export import export_model, staged, write_model_files
 from models.generation import generate_answers
 from models.layers import sparse_layers
 from models.tensor_parallel import tensor_parallel_plan
-from models.weights import LoadReport, load_weights
+from models.weights import LoadReport, init_weights, load_weights
 from scripts.batching import open_batches
 from scripts.job import Job
 from scripts.model_card import model_card
@@ -47,28 +47,22 @@ from trainer.parallel import DTYPES, parallelise
 def build_sharded_model(
     job: Job, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh
 ) -> tuple[PackedCausalLM, LoadReport | None]:
-    """The model on this rank's device: sharded first, then filled from the checkpoint, unless weights are random."""
+    """The model on this rank's device: sharded first, then filled from the checkpoint or at random."""
     config = job.config.model
     folder = Path(job.prepared["model"]) if job.prepared["model"] else None
     random = folder is None or config.init == "random"
     hf_config = read_model_config(config, folder, tokenizer)
     plan = tensor_parallel_plan(hf_config, job.config.parallel.tp)
-    model = build_model(
-        hf_config,
-        attention=config.attention,
-        seed=job.config.seed if random else None,
-    )
+    model = build_model(hf_config, attention=config.attention, seed=None)
     shard(model, job.config.parallel, mesh, plan)
     # Offloaded parameters live on the host; buffers are where the model computes.
     home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
-    if random:
-        model.to(home)
-    else:
-        materialise(model, home)
+    materialise(model, home)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(job.device)
     if random:
+        init_weights(model, job.config.seed)
         return model, None
     assert folder is not None
     return model, load_weights(model, folder)

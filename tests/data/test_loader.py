@@ -86,6 +86,7 @@ def test_shapes_are_fixed_and_counts_true(store: TokenStore) -> None:
         found = torch.nonzero(labels != IGNORE_INDEX).flatten()
         assert batch["label_positions"].tolist() == found.tolist()
         documents = [len(ids) for ids, _, _ in _documents(batch) if ids[0] != PAD]
+        assert batch["row_tokens"].tolist() == (batch["input_ids"] != PAD).sum(1).tolist()
         real = int((batch["input_ids"] != PAD).sum())
         squared = sum(length**2 for length in documents)
         assert batch["counts"].tolist() == [real, 2 * SEQ_LEN - real, len(found), squared]
