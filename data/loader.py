@@ -5,6 +5,7 @@ Shapes: B micro_batch_size, S seq_len, M the most documents a micro-batch can ho
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -114,6 +115,40 @@ class PackedBatches:
         return iter(loader) if self._workers else read_ahead(loader, self.grad_accum_steps + 1)
 
 
+def batch_digests(
+    mixture: Mixture,
+    *,
+    seq_len: int,
+    seed: int,
+    start_sample: int,
+    global_batch_size: int,
+    count: int,
+) -> list[str]:
+    """SHA-256 over input_ids and labels of the `count` global batches from `start_sample` on.
+
+    The same on any number of ranks: what a checkpoint says of the samples that come next.
+    """
+    batches = _MicroBatches(
+        mixture,
+        seq_len=seq_len,
+        micro_batch_size=global_batch_size,
+        pad_token_id=0,
+        seed=seed,
+        shuffle=True,
+        rank=0,
+        world_size=1,
+        start_sample=start_sample,
+        end_sample=None,
+    )
+    digests = []
+    for number in range(count):
+        batch = batches[number]
+        digest = hashlib.sha256(batch["input_ids"].numpy().tobytes())
+        digest.update(batch["labels"].numpy().tobytes())
+        digests.append(digest.hexdigest())
+    return digests
+
+
 def read_ahead(items: Iterable[Batch], depth: int) -> Iterator[Batch]:
     """The same items, of which a thread makes the next `depth` while one is used."""
     iterator = iter(items)
@@ -221,3 +256,21 @@ def assemble(
         "counts": torch.tensor(counts),
         "sample_index": torch.from_numpy(sample_index),
     }
+
+
+def slice_sequence(batch: Batch, rank: int, size: int) -> Batch:
+    """What rank `rank` of `size` ranks that share every row (context parallelism) holds of a micro-batch.
+
+    That is S / size consecutive tokens of each row: input_ids, labels and position_ids [B, S / size],
+    and label_positions in these. Labels are shifted already, so no token needs its neighbour in another
+    slice. The rest stays that of the whole rows. `size` divides S.
+    """
+    shape = batch["input_ids"].shape
+    part = {
+        name: tensor.chunk(size, dim=1)[rank].contiguous() if tensor.shape == shape else tensor
+        for name, tensor in batch.items()
+    }
+    part["label_positions"] = (part["labels"].flatten() != IGNORE_INDEX).nonzero().flatten()
+    # A slice of pinned memory need not be pinned itself, and the host waits where a copy to a GPU begins in other.
+    pinned = batch["input_ids"].is_pinned()
+    return {name: tensor.pin_memory() if pinned else tensor for name, tensor in part.items()}

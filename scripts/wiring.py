@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from scripts.batching import (
     gather_data,
     open_batches,
     open_stream,
-    order_of_samples,
+    slices,
     total_ledger,
 )
 from scripts.config import TrainConfig
@@ -43,13 +44,14 @@ from scripts.preparation import (
     prepare,
     read_tokenizer,
 )
-from trainer.checkpoint import Checkpointer, complete_checkpoints
+from scripts.resuming import lasting_settings, next_batches, open_mirror, resume
+from trainer.checkpoint import Checkpointer
 from trainer.distributed import Ranks, max_over_ranks, once, raise_together, start
 from trainer.errors import TrainError
 from trainer.hardware import choose_device, configure, peak_flops
 from trainer.loop import Progress, Speedometer, StopRequest, train
 from trainer.metrics import MetricsWriter
-from trainer.optimizer import build_optimizer, learning_rate_at
+from trainer.optimizer import build_optimizer, learning_rate_at, state_bytes
 from trainer.parallel import DTYPES, build_mesh, data_rank
 
 
@@ -88,16 +90,15 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
         grad_accum_steps=grad_accum_steps,
         prepared=prepared,
     )
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(dist.destroy_process_group)
         if config.dry_run:
-            with temporary_output(ranks, output_dir) as folder:
-                return _run(replace(job, output_dir=folder))
-        return _run(job)
-    finally:
-        dist.destroy_process_group()
+            folder = at_end.enter_context(temporary_output(ranks, output_dir))
+            job = replace(job, output_dir=folder)
+        return _run(job, at_end)
 
 
-def _run(job: Job) -> int:
+def _run(job: Job, at_end: ExitStack) -> int:
     config, ranks, device = job.config, job.ranks, job.device
     tokenizer = read_tokenizer(config, job.cache_dir, job.prepared["tokenizer"])
     mixture = None if config.data.streaming else open_mixture(config.data, job.prepared)
@@ -118,9 +119,16 @@ def _run(job: Job) -> int:
         embedding=model.hf.get_input_embeddings().weight,
         head=model.head.weight,
     )
-    checkpointer = Checkpointer(job.output_dir / "checkpoints", model, optimizer, config.checkpoint)
-    order = order_of_samples(job, mixture, tokenizer)
-    progress, states = resume(job, checkpointer, order)
+    checkpointer = Checkpointer(
+        job.output_dir / "checkpoints",
+        model,
+        optimizer,
+        config.checkpoint,
+        store=open_mirror(config),
+    )
+    at_end.callback(checkpointer.close)
+    settings = lasting_settings(job, mixture, tokenizer, model, steps)
+    progress, states = resume(job, checkpointer, settings, mixture)
     batches = (
         open_stream(job, tokenizer, states)
         if mixture is None
@@ -128,22 +136,27 @@ def _run(job: Job) -> int:
     )
 
     def save(now: Progress) -> None:
-        state: dict[str, Any] = {"samples": now.samples, "order": order}
+        state: dict[str, Any] = {"samples": now.samples, "settings": settings}
         if isinstance(batches, StreamedBatches):
             state["stream"] = gather_data(job, batches.state)
-        checkpointer.save(now.step, state)
+        elif mixture is not None and ranks.is_first:
+            state["next_batches"] = next_batches(job, mixture, now.samples)
+        try:
+            checkpointer.save(now.step, state)
+        except TrainError as error:  # maybe of the save before; `wait` raises it if it was the last
+            say(f"warning: {error}")
 
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_first else lambda _: None
     say(reporting.header(job, model, weights, mixture, steps, progress))
     if config.dry_run:
-        say(plan_table(model, config.parallel))
+        say(plan_table(model, config.parallel, state_bytes(optimizer, config.optimizer)))
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
     raise_together(
         reporting.write_run_files(job, mesh, weights, mixture) if ranks.is_first else None
     )
     raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
-    micro_batches = iter(batches)
+    micro_batches = slices(job, batches)
     if progress.step == 0 and weights is not None:
         micro_batches = judge_first_loss(job, model, micro_batches, say)
 
@@ -197,70 +210,22 @@ def _run(job: Job) -> int:
             ),
             parallel=config.parallel,
         )
-        checkpointer.wait()
     if isinstance(batches, StreamedBatches):
         ledger = total_ledger(job, batches)
         raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
         say(reporting.stream_line(job, ledger))
     if not finished:
+        checkpointer.wait()
         (number,) = max_over_ranks([int(stop.signal or 0)])
         say(reporting.stopped(job, int(number), progress.step))
         return 128 + int(number)
     if config.dry_run:
+        checkpointer.wait()
         prove_checkpoint(checkpointer, model, optimizer)
         say(summary(job.output_dir) if ranks.is_first else "")
         return 0
     if config.checkpoint.export:
         export(job, model, tokenizer, step=progress.step)
+    checkpointer.wait()  # behind the export: a full disk or a store out of reach costs no trained model
     say(reporting.footer(job, before, after, mfu_peak=peak_origin))
     return 0
-
-
-def resume(
-    job: Job, checkpointer: Checkpointer, order: dict[str, Any]
-) -> tuple[Progress, list[dict[str, int]] | None]:
-    """Continue from a checkpoint if there is one to continue from.
-
-    Returns:
-        How far it was, and of a stream the state of each data-parallel rank.
-
-    Raises:
-        TrainError: `--resume never` would mix two runs; or the checkpoint counts samples in another order.
-    """
-    wanted = job.config.resume
-    if wanted == "never":
-        held = complete_checkpoints(checkpointer.folder)
-        raise_together(
-            f"{job.output_dir} already holds {held[-1].name} and checkpoints are never overwritten; "
-            "give another --output_dir, or continue with --resume auto"
-            if held
-            else None
-        )
-        return Progress(), None
-    checkpoint = checkpointer.newest() if wanted == "auto" else Path(wanted)
-    if checkpoint is None:
-        return Progress(), None
-    state = checkpointer.restore(checkpoint)
-    was, now = _flat(state["order"]), _flat(order)
-    changed = {
-        key: f"{key} was {was.get(key)}, is {now.get(key)}"
-        for key in was | now
-        if was.get(key) != now.get(key) and key.split(".")[0] not in job.config.allow_changed
-    }
-    if changed:
-        raise TrainError(
-            f"{checkpoint} was trained on other samples ({'; '.join(changed.values())}); undo the "
-            "change, start anew with another --output_dir, or go on at the same number of samples "
-            f"with --allow_changed '[{', '.join(dict.fromkeys(key.split('.')[0] for key in changed))}]'"
-        )
-    return Progress(step=state["step"], samples=state["samples"]), state.get("stream")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"format": 1}} -> {"data.format": 1}."""
-    flat = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat

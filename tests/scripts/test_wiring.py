@@ -11,7 +11,7 @@ from models.config import ModelConfig
 from scripts.batching import batch_sizes
 from scripts.config import TrainConfig
 from scripts.reporting import run_name
-from scripts.wiring import _flat
+from scripts.resuming import _flat
 from trainer.errors import TrainError
 
 
