@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
@@ -220,32 +221,69 @@ def _equal(one: Any, other: Any) -> bool:
 @torch.no_grad()
 def _copy_local(parameter: Tensor, stored: Any, part: Part) -> None:
     """Copy what this rank keeps of a stored tensor; rows the checkpoint lacks become the mean of those it has."""
-    if isinstance(parameter, DTensor):
-        local = parameter.to_local()
-        sizes, starts = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-    else:
-        local, sizes, starts = parameter, tuple(parameter.shape), (0,) * parameter.ndim
+    local, kept = _shard(parameter)
     if local.numel() == 0:
         return  # more ranks than rows: nothing of this tensor lives here
-    into, out_of = [], []
     rows = stored.get_shape()[0]
     grown = part.shape == parameter.shape and rows < part.shape[0]
-    box = (slice(0, rows), *part.box[1:]) if grown else part.box
-    for side, start, size in zip(box, starts, sizes, strict=True):
-        low, high = max(side.start, start), min(side.stop, start + size)
-        into.append(slice(low - start, high - start))
+    into, out_of = [], []
+    for side, mine in zip(
+        (slice(0, rows), *part.box[1:]) if grown else part.box, kept, strict=True
+    ):
+        low, high = max(side.start, mine.start), min(side.stop, mine.stop)
+        into.append(slice(low - mine.start, high - mine.start))
         out_of.append(slice(low - side.start, high - side.start))
     if all(side.start < side.stop for side in into):
         # One expert is stored without the dimension that counts them. Cast on the device: half the bytes travel.
         local[tuple(into)].copy_(stored[tuple(out_of[-len(part.shape) :])].to(local.device))
-    if grown and rows < starts[0] + sizes[0]:
-        mean = torch.zeros(sizes[1:], dtype=torch.float64)
-        columns = tuple(out_of[1:])
+    if grown and rows < kept[0].stop:
+        mean = torch.zeros(local.shape[1:], dtype=torch.float64)
         for start in range(0, rows, _ROWS):  # the whole embedding need not fit beside its shard
-            mean += stored[(slice(start, min(start + _ROWS, rows)), *columns)].double().sum(0)
-        local[max(0, rows - starts[0]) :].copy_(mean / rows)
+            block = slice(start, min(start + _ROWS, rows))
+            mean += stored[(block, *kept[1:])].double().sum(0)
+        local[max(0, rows - kept[0].start) :].copy_(mean / rows)
+
+
+def _shard(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this rank has of a parameter, and where in the whole that is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    sizes, starts = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    box = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return parameter.to_local(), box
+
+
+def init_weights(model: PackedCausalLM, seed: int) -> None:
+    """Give a materialised model random weights by transformers' own rule, the same for any sharding.
+
+    Every rank draws each tensor whole, on the CPU, and keeps its part: one tensor is in memory beside the shard.
+    The embedding's row of a padding token is zero.
+    """
+    torch.manual_seed(seed)
+    with _WholeTensors():
+        model.hf.initialize_weights()
+    embedding = model.hf.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    local, (rows, *_) = _shard(embedding.weight.detach())
+    pad = embedding.padding_idx
+    if pad is not None and rows.start <= pad < rows.stop:  # a row of a sharded tensor is a copy
+        local[pad - rows.start].zero_()
+
+
+class _WholeTensors(TorchDispatchMode):
+    """Runs what fills a sharded tensor on a whole one instead, whose part is kept."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target = args[0] if args else None
+        if not (isinstance(target, DTensor) and func.__name__.partition(".")[0].endswith("_")):
+            return func(*args, **(kwargs or {}))
+        whole = torch.empty(target.shape, dtype=target.dtype)
+        func(whole, *args[1:], **(kwargs or {}))
+        local, box = _shard(target)
+        local.copy_(whole[box])
+        return target
 
 
 def _open(path: Path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -83,6 +84,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "data_seed": "--seed",
     "gradient_checkpointing": "--parallel.activation_checkpointing",
     "fsdp_offload_params": "--parallel.cpu_offload",
+    "context_parallel_size": "--parallel.cp",
+    "cp_size": "--parallel.cp",
     "fsdp_reshard_after_forward": "--parallel.reshard_after_forward",
     "torch_compile": "--parallel.compile",
     "bf16": "--parallel.param_dtype",
@@ -487,9 +490,9 @@ def validate(config: TrainConfig) -> None:
         f"callable:package.function, got {config.parallel.wrap_policy!r}",
     )
     require(
-        not (config.parallel.compile and config.parallel.activation_checkpointing != "none"),
-        "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing "
-        "recomputes: keep one of them",
+        not (config.parallel.compile and config.parallel.activation_checkpointing == "op"),
+        "--parallel.compile hides from --parallel.activation_checkpointing op which operations to keep: "
+        "use full or selective with it, or none",
     )
     unknown = [key for key in config.allow_changed if key not in LASTING]
     require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
@@ -498,7 +501,32 @@ def validate(config: TrainConfig) -> None:
         mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
         f"--checkpoint.mirror must be a URL such as s3://bucket/run, got {mirror!r}",
     )
-    require(config.parallel.cp == 1, "--parallel.cp is not supported yet: leave it at 1")
+    cp = config.parallel.cp
+    require(
+        config.data.seq_len % cp == 0,
+        f"--data.seq_len {config.data.seq_len} is not divisible by --parallel.cp {cp}, the ranks that "
+        f"share a row; use a multiple of it such as {-(-config.data.seq_len // cp) * cp}",
+    )
+    require(
+        cp == 1 or config.model.attention == "packed",
+        "--parallel.cp needs --model.attention packed: a dense mask is of whole rows",
+    )
+    for flag, wanted in (
+        ("parallel.float8", values["parallel.float8"] != "none"),
+        ("optimizer.state_dtype", values["optimizer.state_dtype"] == "int8"),
+    ):
+        require(
+            not wanted or importlib.util.find_spec("torchao") is not None,
+            f"--{flag} {values[flag]} needs torchao: pip install -c constraints.txt -e '.[torchao]'",
+        )
+    for flag, wanted in (
+        ("parallel.float8", config.parallel.float8 != "none"),
+        ("optimizer.state_dtype int8", config.optimizer.state_dtype == "int8"),
+    ):
+        require(
+            not wanted or config.parallel.tp == 1,
+            f"--parallel.tp above 1 does not go with --{flag}: use one of them",
+        )
     keep = config.parallel.reshard_after_forward
     require(
         isinstance(keep, bool) or keep >= 2,

@@ -46,8 +46,8 @@ def temporary_output(ranks: Ranks, output_dir: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def plan_table(model: nn.Module, config: ParallelConfig) -> str:
-    """The groups of FSDP with sizes in MiB; equal layers share one line."""
+def plan_table(model: nn.Module, config: ParallelConfig, optimizer_bytes: float) -> str:
+    """The groups of FSDP with sizes in MiB; equal layers share one line. `optimizer_bytes` are those of a rank."""
     rows = describe_plan(model, config)
     alike: dict[tuple[str, int], list[PlanRow]] = {}
     for row in rows:
@@ -76,8 +76,9 @@ def plan_table(model: nn.Module, config: ParallelConfig) -> str:
         + "".join(f"{text:>{width + 2}}" for text, width in zip(numbers, widths[1:], strict=True))
         for name, *numbers in lines
     )
+    held = 2 * total.master_bytes + optimizer_bytes
     return (
-        f"\n{table}\nWith gradients and the optimizer's state a rank holds {4 * total.master_bytes / _MIB:,.2f} MiB, "
+        f"\n{table}\nWith gradients and the optimizer's state a rank holds {held / _MIB:,.2f} MiB, "
         "beside gathered groups and activations.\n"
     )
 
@@ -126,7 +127,11 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
         state = {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
         for key, value in {name: parameter, **state}.items():
             if isinstance(value, Tensor):
-                found[key] = value.to_local() if isinstance(value, DTensor) else value.detach()
+                local = value.to_local() if isinstance(value, DTensor) else value.detach()
+                if hasattr(local, "codes"):  # int8 state
+                    found |= {f"{key}.{part}": getattr(local, part) for part in ("codes", "scale")}
+                else:
+                    found[key] = local
     return found
 
 

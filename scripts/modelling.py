@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedTokenizerBase
 
 from data.embedded import check_answer, questions
@@ -25,11 +26,13 @@ from models.build import (
     read_model_config,
 )
 from models.causal_lm import PackedCausalLM
+from models.context_parallel import check_context_parallel
 from models.export import export_model, staged, write_model_files
 from models.generation import generate_answers
 from models.layers import sparse_layers
-from models.weights import LoadReport, load_weights
-from scripts.batching import open_batches
+from models.tensor_parallel import tensor_parallel_plan
+from models.weights import LoadReport, init_weights, load_weights
+from scripts.batching import open_batches, slices
 from scripts.job import Job
 from scripts.model_card import model_card
 from scripts.preparation import (
@@ -45,32 +48,37 @@ from trainer.parallel import DTYPES, parallelise
 def build_sharded_model(
     job: Job, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh
 ) -> tuple[PackedCausalLM, LoadReport | None]:
-    """The model on this rank's device: sharded first, then filled from the checkpoint, unless weights are random."""
+    """The model on this rank's device: sharded first, then filled from the checkpoint or at random."""
     config = job.config.model
     folder = Path(job.prepared["model"]) if job.prepared["model"] else None
     random = folder is None or config.init == "random"
-    model = build_model(
-        read_model_config(config, folder, tokenizer),
-        attention=config.attention,
-        seed=job.config.seed if random else None,
-    )
-    shard(model, job.config.parallel, mesh)
+    hf_config = read_model_config(config, folder, tokenizer)
+    parallel = job.config.parallel
+    plan = tensor_parallel_plan(hf_config, parallel.tp)
+    check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
+    model = build_model(hf_config, attention=config.attention, seed=None)
+    shard(model, parallel, mesh, plan)
     # Offloaded parameters live on the host; buffers are where the model computes.
     home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
-    if random:
-        model.to(home)
-    else:
-        materialise(model, home)
+    materialise(model, home)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(job.device)
     if random:
+        init_weights(model, job.config.seed)
         return model, None
     assert folder is not None
     return model, load_weights(model, folder)
 
 
-def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> None:
+def shard(
+    model: PackedCausalLM,
+    config: ParallelConfig,
+    mesh: DeviceMesh,
+    layer_plan: Mapping[str, ParallelStyle],
+) -> None:
+    if config.cp > 1:
+        model.cp_group = mesh["cp"].get_group()
     parallelise(
         model,
         config,
@@ -78,6 +86,7 @@ def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> No
         layer_classes=decoder_layer_classes(model),
         root_parameters=[model.head.weight],
         forward_methods=["generate"],
+        layer_plan=layer_plan,
     )
 
 
@@ -135,7 +144,7 @@ def evaluate_model(
         )
         for source in job.prepared["evaluation"]
     ]
-    batches = open_batches(job, mix(sources), tokenizer, training=False)
+    batches = slices(job, open_batches(job, mix(sources), tokenizer, training=False))
     loss = evaluate_loss(
         model, batches, loss_fn=causal_lm_loss, device=job.device, parallel=config.parallel
     )
@@ -148,7 +157,7 @@ def evaluate_model(
             [prompt for prompt, _ in asked],
             max_new_tokens=config.evaluation.max_new_tokens,
             device=job.device,
-            copies=job.ranks.world_size // job.data_rank.size,
+            copies=config.parallel.tp,
         )
         model.reshard()  # type: ignore[operator]  # a method of FSDP modules
         right = sum(

@@ -23,7 +23,8 @@ from scripts.command_line import printable, to_yaml
 from scripts.config import TrainConfig
 from scripts.ledger import anything_left_out, ledger_table
 from trainer.loop import Progress
-from trainer.parallel import mesh_sizes, precision_table
+from trainer.parallel import mesh_sizes
+from trainer.precision import precision_table
 
 if TYPE_CHECKING:
     from scripts.job import Job
@@ -53,11 +54,7 @@ def header(
     sizes = mesh_sizes(config.parallel, world_size=world_size)
     parameters = sum(p.numel() for p in model.parameters())
     seq_len = config.data.seq_len
-    precision = precision_table(
-        config.parallel,
-        state_dtype=config.optimizer.state_dtype,
-        export_dtype=config.model.dtype,
-    )
+    precision = precision_table(config.parallel, config.optimizer, export_dtype=config.model.dtype)
     rows = {
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
         f"{human(parameters)} parameters, {weights or 'random weights'}",
@@ -178,9 +175,7 @@ def write_run_files(
         "device": device_name(job.device),
         "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
         "precision": precision_table(
-            job.config.parallel,
-            state_dtype=job.config.optimizer.state_dtype,
-            export_dtype=job.config.model.dtype,
+            job.config.parallel, job.config.optimizer, export_dtype=job.config.model.dtype
         ),
         "global_batch_size": job.global_batch_size,
         "grad_accum_steps": job.grad_accum_steps,

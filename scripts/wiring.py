@@ -19,7 +19,14 @@ from models.build import (
 )
 from models.flops import training_flops
 from scripts import reporting
-from scripts.batching import batch_sizes, gather_data, open_batches, open_stream, total_ledger
+from scripts.batching import (
+    batch_sizes,
+    gather_data,
+    open_batches,
+    open_stream,
+    slices,
+    total_ledger,
+)
 from scripts.config import TrainConfig
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
 from scripts.job import Job
@@ -44,7 +51,7 @@ from trainer.errors import TrainError
 from trainer.hardware import choose_device, configure, peak_flops
 from trainer.loop import Progress, Speedometer, StopRequest, train
 from trainer.metrics import MetricsWriter
-from trainer.optimizer import build_optimizer, learning_rate_at
+from trainer.optimizer import build_optimizer, learning_rate_at, state_bytes
 from trainer.parallel import DTYPES, build_mesh, data_rank
 
 
@@ -142,14 +149,14 @@ def _run(job: Job, at_end: ExitStack) -> int:
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_first else lambda _: None
     say(reporting.header(job, model, weights, mixture, steps, progress))
     if config.dry_run:
-        say(plan_table(model, config.parallel))
+        say(plan_table(model, config.parallel, state_bytes(optimizer, config.optimizer)))
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
     raise_together(
         reporting.write_run_files(job, mesh, weights, mixture) if ranks.is_first else None
     )
     raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
-    micro_batches = iter(batches)
+    micro_batches = slices(job, batches)
     if progress.step == 0 and weights is not None:
         micro_batches = judge_first_loss(job, model, micro_batches, say)
 
