@@ -15,6 +15,7 @@ from models.causal_lm import PackedCausalLM
 from scripts.batching import order_of_samples
 from scripts.config import OF_SAMPLES, TrainConfig
 from scripts.job import Job
+from scripts.partial import check_part
 from trainer.checkpoint import Checkpointer, Store
 from trainer.errors import TrainError
 from trainer.loop import Progress
@@ -82,7 +83,11 @@ def open_mirror(config: TrainConfig) -> Store | None:
 
 
 def resume(
-    job: Job, checkpointer: Checkpointer, settings: dict[str, Any], mixture: Mixture | None
+    job: Job,
+    checkpointer: Checkpointer,
+    settings: dict[str, Any],
+    mixture: Mixture | None,
+    part: dict[str, Any] | None,
 ) -> tuple[Progress, list[dict[str, int]] | None]:
     """Continue from a checkpoint if there is one to continue from.
 
@@ -90,7 +95,8 @@ def resume(
         How far it was, and of a stream the state of each data-parallel rank.
 
     Raises:
-        TrainError: `--resume never` would mix two runs; or the checkpoint is of a run with other settings or samples.
+        TrainError: `--resume never` would mix two runs; or the checkpoint is of a run with other settings or samples,
+            or trained another part of the model.
     """
     wanted = job.config.resume
     if wanted == "never":
@@ -105,6 +111,7 @@ def resume(
     if checkpoint is None:
         return Progress(), None
     state = checkpointer.read_state(checkpoint)
+    check_part(checkpoint, state.get("partial"), part)
     _check_settings(checkpoint, state["settings"], settings, job.config.allow_changed)
     was = state["settings"]
     # With a change of what decides the samples other ones were asked for.

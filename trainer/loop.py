@@ -19,7 +19,7 @@ from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.distributed import max_over_ranks, sum_over_ranks
 from trainer.errors import TrainError
 from trainer.hardware import peak_memory_gib
-from trainer.optimizer import clip_gradients, set_learning_rate
+from trainer.optimizer import clip_gradients, rounding_metrics, set_learning_rate
 from trainer.parallel import set_gradient_sync
 
 Batch = Mapping[str, Tensor]
@@ -117,11 +117,10 @@ def train(
         save: called after every `save_every`-th step, after the last, and before stopping on request.
         save_every: 0 for only at the end.
         log: gets one dictionary per `log_every` steps, on every rank.
-        log_every: steps.
         advance: called after every step.
         stop: polled once per step.
         speedometer: turns counts into `mfu_pct`.
-        parallel: of its axes, ranks along `cp` and `tp` have the same batches, those along `tp` also the same loss.
+        parallel: of its axes, ranks along `cp` and `tp` have the same rows and counts, those along `tp` also the same loss.
 
     Returns:
         True when the last step was reached, False when a stop was requested.
@@ -179,6 +178,7 @@ def train(
                     "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                     "learning_rate": learning_rate(step),
                     "skipped_steps": skipped,
+                    **rounding_metrics(optimizer),
                 }
             )
             window = Window(speedometer, loss_copies=parallel.tp)
