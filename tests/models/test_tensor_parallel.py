@@ -231,7 +231,9 @@ def _live(checkpoint: Path, tokenizer_folder: Path, folder: Path, kind: str, cha
     clip_gradients(model.parameters(), 1.0)
     optimizer.step()
     saved = list(_tensors(model, optimizer))
-    Checkpointer(folder / "checkpoints", model, optimizer, CheckpointConfig()).save(1, {})
+    first = Checkpointer(folder / "checkpoints", model, optimizer, CheckpointConfig())
+    first.save(1, {})
+    first.wait()
     is_first = dist.get_rank() == 0
     export_model(model, tokenizer, folder / "export", dtype=torch.float32, is_writer=is_first)
     exported = {name: full(p) for name, p in model.hf.named_parameters()}
@@ -248,6 +250,7 @@ def _live(checkpoint: Path, tokenizer_folder: Path, folder: Path, kind: str, cha
             all(torch.equal(a, b) for a, b in zip(saved, _tensors(other, its), strict=True))
         )
         checkpointer.save(step, {})
+        checkpointer.wait()
     held = sum(p.to_local().numel() for p in model.parameters())
     return loaded, answers, exported, same, held, describe_plan(model, _config())
 
