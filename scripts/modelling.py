@@ -63,7 +63,7 @@ def build_sharded_model(
         freeze_rest(model, job.config, tokenizer)
     shard(model, parallel, mesh, plan)
     # Offloaded parameters live on the host; buffers are where the model computes.
-    home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
+    home = torch.device("cpu") if parallel.cpu_offload else job.device
     materialise(model, home)
     for module in model.modules():
         for name, buffer in module._buffers.items():
