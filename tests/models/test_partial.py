@@ -412,6 +412,7 @@ def _bfloat16(folder: Path) -> dict[str, Any]:
     return {**result, "dtypes": dtypes, "grads": grads, "states": states}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_bf16_base_trains_fp32_adapters(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base")

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.embedded import build_tokenizer
 from scripts import generate
 from scripts.export import main as export
+from scripts.partial import check_part
 from tests.support.command import CommandResult
 from tests.support.job import EXACT, checkpoint_steps, losses, train
 from tests.support.tiny import write_chat, write_model
+from trainer.errors import TrainError
 from trainer.stored import StoredTensors
 
 pytestmark = pytest.mark.distributed
@@ -139,7 +141,10 @@ def test_a_checkpoint_holds_what_is_trained(job: Job, name: str) -> None:
         assert {"lm_head.weight", "model.norm.weight"} < changed
 
 
-@pytest.mark.parametrize(("name", "flags"), [("lora", LORA), ("frozen", FROZEN)])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("lora", LORA), pytest.param("frozen", FROZEN, marks=pytest.mark.slow)],
+)
 def test_resuming_is_bit_exact(job: Job, tmp_path: Path, name: str, flags: list[str]) -> None:
     output_dir, whole = job.continued(name, tmp_path / "out"), job.folder / name
     result = job.run(output_dir, *flags)
@@ -159,17 +164,32 @@ def test_resuming_is_bit_exact(job: Job, tmp_path: Path, name: str, flags: list[
     assert files[0]["tensors/__1_0.distcp"] == files[1]["tensors/__1_0.distcp"]
 
 
-def test_another_part_or_another_base_is_refused(job: Job, tmp_path: Path) -> None:
+def test_another_base_is_refused(job: Job, tmp_path: Path) -> None:
     output_dir = job.continued("lora", tmp_path / "out")
-    other = write_model(tmp_path / "other", tied=False, seed=1, trained=False)
-    for flags, message in (
-        (["--lora.alpha=16"], "lora.alpha was 8, is 16"),
-        ([f"--model.path={other}"], "give the base model it began with"),
-    ):
-        result = job.run(output_dir, *LORA, *flags)
-        assert result.returncode == 1
-        assert message in result.stderr and result.stderr.count("\n") == 1
+    other = write_model(tmp_path / "other", tied=False, seed=1, trained=False, vocab_size=KNOWN)
+    result = job.run(output_dir, *LORA, f"--model.path={other}")
+    assert result.returncode == 1
+    assert "give the base model it began with" in result.stderr
+    assert result.stderr.count("\n") == 1
     assert checkpoint_steps(output_dir) == [2]
+
+
+def test_another_part_is_refused(job: Job) -> None:
+    checkpoints = [
+        job.folder / name / "checkpoints" / "step-00000004" for name in ("lora", "frozen")
+    ]
+    lora, frozen = (
+        json.loads((folder / "state.json").read_text())["partial"] for folder in checkpoints
+    )
+    for was, now, message in (
+        (lora, {**lora, "lora": {**lora["lora"], "alpha": 16}}, "lora.alpha was 8, is 16"),
+        (lora, frozen, "lora.rank was 4, is 0"),
+        (frozen, None, "model.train_last_layers was 1, is all"),
+        (None, lora, "lora.rank was all, is 4"),
+    ):
+        with pytest.raises(TrainError, match=message):
+            check_part(checkpoints[0], was, now)
+    check_part(checkpoints[0], lora, {**lora, "lora": {**lora["lora"], "dropout": 0.0}})
 
 
 def test_export_and_generate_find_the_base(
@@ -223,6 +243,7 @@ def _manifest(checkpoint: Path) -> str:
     return json.dumps(manifest)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_with_adapters(job: Job, tmp_path: Path) -> None:
     result = job.run(tmp_path / "dry", *LORA, "--dry_run=true", "--parallel.param_dtype=bfloat16")
     assert result.returncode == 0, result.output
