@@ -23,6 +23,7 @@ from trainer.loop import Progress
 # Global batches behind a checkpoint whose content it holds the hash of.
 _NEXT_BATCHES = 3
 _SHOWN_CHANGES = 8
+_PRECISION = ("param_dtype", "reduce_dtype", "master_dtype", "float8")
 # Of a model's configuration, what its computation does not depend on.
 _NOT_THE_MODEL = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 
@@ -37,7 +38,7 @@ def lasting_settings(
     """What may not change unnoticed when a run goes on: which samples come, and what a step makes of them.
 
     The keys at the top are those of `--allow_changed`. Not among them, so free: how often is logged, evaluated and
-    saved, micro_batch_size, the number of ranks and everything of `parallel` but the two types.
+    saved, micro_batch_size, the number of ranks and everything of `parallel` but its precision.
     """
     config = job.config
     architecture = json.loads(model.hf.config.to_json_string(use_diff=False))
@@ -53,10 +54,7 @@ def lasting_settings(
         "schedule": asdict(config.schedule),
         # A constant rate does not depend on where the run ends.
         "steps": None if config.schedule.name == "constant" else steps,
-        "precision": {
-            "param_dtype": config.parallel.param_dtype,
-            "reduce_dtype": config.parallel.reduce_dtype,
-        },
+        "precision": {name: getattr(config.parallel, name) for name in _PRECISION},
     }
     return json.loads(json.dumps(settings))  # as a checkpoint gives them back
 
