@@ -124,7 +124,9 @@ class _Run:
         load_weights(self.model, folder)
         self.config = OptimizerConfig(learning_rate=1e-4)
         self.optimizer = build_optimizer(self.model, self.config)
-        self.checkpointer = Checkpointer(out, self.model, self.optimizer, CheckpointConfig())
+        self.checkpointer = Checkpointer(
+            out, self.model, self.optimizer, CheckpointConfig(asynchronous=False)
+        )
 
     def train(self, progress: Progress) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []

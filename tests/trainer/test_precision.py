@@ -103,7 +103,8 @@ def _resumes(folder: Path, parallel: ParallelConfig, config: OptimizerConfig, **
     run = _Run(parallel, config, **model)
     for _ in range(2):
         run.step()
-    Checkpointer(folder, run.model, run.optimizer, CheckpointConfig()).save(2, {})
+    at_once = CheckpointConfig(asynchronous=False)
+    Checkpointer(folder, run.model, run.optimizer, at_once).save(2, {})
     expected = [run.step() for _ in range(3)]
     again = _Run(parallel, config, **model)
     checkpointer = Checkpointer(folder, again.model, again.optimizer, CheckpointConfig())
