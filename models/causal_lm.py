@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from models.attention import PACKED_ATTENTION
 from models.layers import linear_attention_layers
+from models.token_rows import head_weight
 
 Batch = Mapping[str, Tensor]
 
@@ -63,7 +64,8 @@ class PackedCausalLM(nn.Module):
             use_cache=False,
             **({"output_router_logits": True} if router_logits else {}),
         )
-        hidden, weight = output.last_hidden_state.view(rows, length, -1), self.head.weight
+        hidden = output.last_hidden_state.view(rows, length, -1)
+        weight = head_weight(self.head)
         result = F.linear(hidden, weight) if head is None else head(hidden, weight)
         return (result, output.router_logits) if router_logits else result
 
@@ -73,6 +75,12 @@ class PackedCausalLM(nn.Module):
         head = self.hf.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return head
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        embedding = self.hf.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        return embedding
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' `generate`; under FSDP it is entered like a forward (`register_fsdp_forward_method`)."""

@@ -20,6 +20,7 @@ import types
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import (
@@ -40,6 +41,7 @@ from jsonargparse import ArgumentParser
 
 from data.config import source_configs
 from data.errors import DataError
+from models.config import LoraConfig
 from scripts.config import LASTING, TrainConfig
 
 EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.yaml"
@@ -133,12 +135,14 @@ FOREIGN_NAMES: dict[str, str] = {
     "run_name": "is the last folder of --output_dir here",
     "push_to_hub": "is not supported: upload OUTPUT_DIR/export with hf upload",
     "trust_remote_code": "is not supported: only the model code of transformers runs",
-    "use_peft": "is not supported: all weights are trained",
-    "use_lora": "is not supported: all weights are trained",
-    "lora_r": "is not supported: all weights are trained",
-    "lora_alpha": "is not supported: all weights are trained",
-    "lora_dropout": "is not supported: all weights are trained",
-    "lora_target_modules": "is not supported: all weights are trained",
+    "use_peft": "is --lora.rank above 0 here",
+    "use_lora": "is --lora.rank above 0 here",
+    "lora_r": "--lora.rank",
+    "lora_alpha": "--lora.alpha",
+    "lora_dropout": "--lora.dropout",
+    "lora_target_modules": "--lora.targets",
+    "use_rslora": "--lora.rslora",
+    "use_dora": "--lora.dora",
     "load_in_4bit": "is not supported: see --parallel.param_dtype for what is",
     "load_in_8bit": "is not supported: see --parallel.param_dtype for what is",
     "hf_token": "is read from the environment only: export HF_TOKEN",
@@ -152,6 +156,9 @@ _AT_LEAST: dict[str, float] = {
     "steps": 1,
     "micro_batch_size": 1,
     "global_batch_size": 1,
+    "model.train_last_layers": 0,
+    "lora.rank": 0,
+    "lora.alpha": 1,
     "data.seq_len": 2,
     "data.stream_buffer_rows": 1,
     "data.prepare_workers": 0,
@@ -478,6 +485,45 @@ def validate(config: TrainConfig) -> None:
         not (config.model.overrides and named and config.model.init == "pretrained"),
         "--model.overrides changes the shape of the weights: add --model.init random",
     )
+    lora, partial = config.lora, config.lora.rank > 0 or config.model.train_last_layers > 0
+    require(
+        lora.rank > 0 or lora == LoraConfig(),
+        "--lora flags do nothing without --lora.rank: give one above 0",
+    )
+    require(0 <= lora.dropout < 1, f"--lora.dropout must be in [0, 1), got {lora.dropout}")
+    require(
+        len(lora.targets) > 0
+        and (lora.targets == ("all-linear",) or "all-linear" not in lora.targets),
+        "--lora.targets must be [all-linear] or names of linear layers, "
+        f"got {_shown(lora.targets)}",
+    )
+    require(
+        lora.rank == 0 or find_spec("peft") is not None,
+        "--lora.rank needs peft: pip install -c constraints.txt -e '.[lora]'",
+    )
+    require(
+        not partial or (named and config.model.init == "pretrained"),
+        f"--{'lora.rank' if lora.rank else 'model.train_last_layers'} keeps pretrained weights: give "
+        "--model.name or --model.path, and no --model.init random",
+    )
+    require(
+        not (lora.rank and config.parallel.float8 != "none"),
+        "--parallel.float8 replaces the layers that adapters wrap: leave it out with --lora.rank",
+    )
+    require(
+        not (partial and config.parallel.tp > 1),
+        "--parallel.tp splits the layers that adapters wrap, and is not proven with frozen ones: leave it out "
+        "with --lora.rank and --model.train_last_layers",
+    )
+    require(
+        not (config.model.train_last_layers and config.model.add_special_tokens),
+        "--model.train_last_layers freezes the embedding, of which --model.add_special_tokens trains "
+        "rows: keep one of them",
+    )
+    require(
+        lora.rank > 0 or config.checkpoint.export not in ("adapter", "both"),
+        f"--checkpoint.export {config.checkpoint.export} needs adapters: give --lora.rank, or true",
+    )
     require(
         all(isinstance(key, str) for key in config.model.overrides),
         "--model.overrides must have names from config.json as keys",
@@ -511,14 +557,15 @@ def validate(config: TrainConfig) -> None:
         cp == 1 or config.model.attention == "packed",
         "--parallel.cp needs --model.attention packed: a dense mask is of whole rows",
     )
-    for flag, wanted in (
-        ("parallel.float8", values["parallel.float8"] != "none"),
-        ("optimizer.state_dtype", values["optimizer.state_dtype"] == "int8"),
-    ):
-        require(
-            not wanted or importlib.util.find_spec("torchao") is not None,
-            f"--{flag} {values[flag]} needs torchao: pip install -c constraints.txt -e '.[torchao]'",
-        )
+    require(
+        config.parallel.float8 == "none" or importlib.util.find_spec("torchao") is not None,
+        f"--parallel.float8 {config.parallel.float8} needs torchao: "
+        "pip install -c constraints.txt -e '.[torchao]'",
+    )
+    require(
+        config.optimizer.state_dtype != "int8",
+        "--optimizer.state_dtype int8 cannot be saved in checkpoints yet: use bfloat16",
+    )
     for flag, wanted in (
         ("parallel.float8", config.parallel.float8 != "none"),
         ("optimizer.state_dtype int8", config.optimizer.state_dtype == "int8"),

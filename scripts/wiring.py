@@ -38,6 +38,7 @@ from scripts.modelling import (
     save_model_files,
     training_loss,
 )
+from scripts.partial import flops_of_part, part_record
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -128,7 +129,8 @@ def _run(job: Job, at_end: ExitStack) -> int:
     )
     at_end.callback(checkpointer.close)
     settings = lasting_settings(job, mixture, tokenizer, model, steps)
-    progress, states = resume(job, checkpointer, settings, mixture)
+    part = part_record(job, model)
+    progress, states = resume(job, checkpointer, settings, mixture, part)
     batches = (
         open_stream(job, tokenizer, states)
         if mixture is None
@@ -136,7 +138,11 @@ def _run(job: Job, at_end: ExitStack) -> int:
     )
 
     def save(now: Progress) -> None:
-        state: dict[str, Any] = {"samples": now.samples, "settings": settings}
+        state: dict[str, Any] = {
+            "samples": now.samples,
+            "settings": settings,
+            "partial": part,
+        }
         if isinstance(batches, StreamedBatches):
             state["stream"] = gather_data(job, batches.state)
         elif mixture is not None and ranks.is_first:
@@ -153,7 +159,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
     raise_together(
-        reporting.write_run_files(job, mesh, weights, mixture) if ranks.is_first else None
+        reporting.write_run_files(job, model, mesh, weights, mixture) if ranks.is_first else None
     )
     raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
     micro_batches = slices(job, batches)
@@ -205,7 +211,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
             advance=writer.advance,
             stop=stop,
             speedometer=Speedometer(
-                flops=partial(training_flops, model.hf.config),
+                flops=partial(training_flops, model.hf.config, **flops_of_part(config, model)),
                 peak_flops=None if peak is None else peak * ranks.world_size,
             ),
             parallel=config.parallel,

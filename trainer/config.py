@@ -142,8 +142,8 @@ class CheckpointConfig:
     mirror: str | None = None
     """URL of a folder of any store that fsspec opens (s3://bucket/run) to which every checkpoint is copied; a run that finds a newer one there than in output_dir continues from it."""
 
-    export: bool = True
-    """Write a Hugging Face model to OUTPUT_DIR/export at the end."""
+    export: bool | Literal["adapter", "both"] = True
+    """Write a Hugging Face model to OUTPUT_DIR/export at the end, adapters merged into it; adapter writes them alone, in peft's format, to OUTPUT_DIR/adapter; both writes both."""
 
     verify_export: bool = True
     """Read every file of the export again and compare it, by SHA-256, with what it should hold; costs one more read."""

@@ -355,7 +355,9 @@ class PlanRow:
     """Name of the module in the model; the root is `(root)`."""
     parameters: int
     master_bytes: int
-    """Of masters on the rank that holds most of them; gradients are as many."""
+    """Of what is kept, masters or frozen weights, on the rank that holds most of it."""
+    trained_bytes: int
+    """Of the masters among them; gradients are as many."""
     gathered_bytes: int
     """While the group computes; of what tensor parallelism splits, a rank's part."""
 
@@ -374,6 +376,9 @@ def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
                 group=name or "(root)",
                 parameters=numel,
                 master_bytes=sum(_largest_shard(p) * p.element_size() for p in parameters),
+                trained_bytes=sum(
+                    _largest_shard(p) * p.element_size() for p in parameters if p.requires_grad
+                ),
                 gathered_bytes=sum(_largest_shard(p, of="tp") for p in parameters)
                 * DTYPES[config.param_dtype].itemsize,
             )

@@ -21,14 +21,19 @@ BYTES = {
 
 
 def precision_table(
-    parallel: ParallelConfig, optimizer: OptimizerConfig, *, export_dtype: str
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    *,
+    export_dtype: str,
+    partial: bool = False,
 ) -> dict[str, str]:
-    """The precision contract of a run, for people and for run.json."""
+    """The precision contract of a run, for people and for run.json; `partial` training freezes what it does not train."""
     rounding = "stochastically" if optimizer.rounding == "stochastic" else "to nearest"
     kept = {"bfloat16": f"bfloat16 rounded {rounding}"}
     float8 = "" if parallel.float8 == "none" else f", layers' products float8 {parallel.float8}"
     return {
         "masters": kept.get(parallel.master_dtype, parallel.master_dtype),
+        **({"frozen weights": parallel.param_dtype} if partial else {}),
         "optimizer state": kept.get(optimizer.state_dtype, optimizer.state_dtype),
         "compute and all-gather": parallel.param_dtype + float8,
         "reduction": parallel.reduce_dtype,

@@ -46,6 +46,7 @@ def test_unusable_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert str(tmp_path) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start_server()  # whose ranks have the libraries loaded

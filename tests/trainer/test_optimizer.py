@@ -372,8 +372,7 @@ def _resumed(folder: Path, config: OptimizerConfig) -> tuple[bool, bool, bool]:
     end = [run.step(rate) for rate in RATES[3:]]
 
     torch.manual_seed(1234)  # nothing depends on it
-    other = next(dtype for dtype in STATE_DTYPES if dtype != config.state_dtype)
-    changed = replace(config, weight_decay=0.7, head_lr_ratio=5.0, state_dtype=other)
+    changed = replace(config, weight_decay=0.7, head_lr_ratio=5.0)
     for settings in (changed, config):
         again = _Run(settings, dp_replicate=1)
         checkpointer = Checkpointer(folder, again.model, again.optimizer, CheckpointConfig())

@@ -227,7 +227,7 @@ def test_the_table_and_the_bytes_say_what_is_kept() -> None:
 WIDE = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "vocab_size": 128}
 
 
-def _with_torchao(folder: Path) -> dict[str, Any]:
+def _with_torchao() -> dict[str, Any]:
     fp32 = ParallelConfig(param_dtype="float32")
     found: dict[str, Any] = {}
     for name in ("adamw", "muon"):
@@ -238,7 +238,6 @@ def _with_torchao(folder: Path) -> dict[str, Any]:
         local = run.optimizer.state[run.model.hf.base_model.layers[0].mlp.up_proj.weight]
         states = [value for key, value in local.items() if key != "step"]
         assert all(value.to_local().codes.dtype == torch.uint8 for value in states)
-        found[f"{name} resumes"] = _resumes(folder / name, fp32, eight, **WIDE)
     for recipe in ("tensorwise", "rowwise"):
         losses = []
         for float8 in (False, True):
@@ -266,9 +265,8 @@ def _with_torchao(folder: Path) -> dict[str, Any]:
 
 @needs_torchao
 @pytest.mark.distributed
-def test_int8_state_and_float8_layers_train_sharded_close_to_fp32(tmp_path: Path) -> None:
-    found = run_ranks(_with_torchao, 2, tmp_path)[0]
-    assert found["adamw resumes"] and found["muon resumes"]
+def test_int8_state_and_float8_layers_train_sharded_close_to_fp32() -> None:
+    found = run_ranks(_with_torchao, 2)[0]
     for name in ("adamw", "muon", "tensorwise", "rowwise"):
         exact, ours = found[name]
         assert exact[-1] < exact[0] - 0.5, name
