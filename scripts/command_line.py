@@ -563,17 +563,9 @@ def validate(config: TrainConfig) -> None:
         "pip install -c constraints.txt -e '.[torchao]'",
     )
     require(
-        config.optimizer.state_dtype != "int8",
-        "--optimizer.state_dtype int8 cannot be saved in checkpoints yet: use bfloat16",
+        config.parallel.float8 == "none" or config.parallel.tp == 1,
+        "--parallel.tp above 1 does not go with --parallel.float8: use one of them",
     )
-    for flag, wanted in (
-        ("parallel.float8", config.parallel.float8 != "none"),
-        ("optimizer.state_dtype int8", config.optimizer.state_dtype == "int8"),
-    ):
-        require(
-            not wanted or config.parallel.tp == 1,
-            f"--parallel.tp above 1 does not go with --{flag}: use one of them",
-        )
     keep = config.parallel.reshard_after_forward
     require(
         isinstance(keep, bool) or keep >= 2,

@@ -134,11 +134,7 @@ def _tensors(
         }
         for key, value in {name: parameter, **state}.items():
             if isinstance(value, Tensor):
-                local = value.to_local() if isinstance(value, DTensor) else value.detach()
-                if hasattr(local, "codes"):  # int8 state
-                    found |= {f"{key}.{part}": getattr(local, part) for part in ("codes", "scale")}
-                else:
-                    found[key] = local
+                found[key] = value.to_local() if isinstance(value, DTensor) else value.detach()
     return found
 
 

@@ -88,9 +88,7 @@ _HALF = ParallelConfig(master_dtype="bfloat16")
 METHODS = {
     "default": (ParallelConfig(), OptimizerConfig()),
     "bf16 state": (ParallelConfig(), OptimizerConfig(state_dtype="bfloat16")),
-    "int8 state": (ParallelConfig(), OptimizerConfig(state_dtype="int8")),
     "bf16 masters and state": (_HALF, OptimizerConfig(state_dtype="bfloat16")),
-    "bf16 masters, int8 state": (_HALF, OptimizerConfig(state_dtype="int8")),
 }
 LORA = f"LoRA of rank {LORA_RANK}"
 
@@ -159,7 +157,7 @@ def bytes_table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for masters in ("float32", "bfloat16"):
-        for state in ("float32", "bfloat16", "int8"):
+        for state in ("float32", "bfloat16"):
             case = ParallelConfig(master_dtype=masters), OptimizerConfig(state_dtype=state)
             adamw, muon = bytes_per_parameter(*case), bytes_per_parameter(*case, muon=True)
             shown = [*adamw.values(), sum(adamw.values())]

@@ -90,8 +90,8 @@ class OptimizerConfig:
     head_lr_ratio: float = 1.0
     """The learning rate of a head that is not tied to the embedding, as a multiple of learning_rate."""
 
-    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Type in which running averages are kept between steps: bfloat16 halves them; int8 quarters them (needs torchao, the extra [torchao])."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which running averages are kept between steps; bfloat16 halves them."""
 
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How parameters and running averages that are kept in bfloat16 are rounded after a step; to nearest, small updates are lost."""

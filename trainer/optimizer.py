@@ -102,8 +102,7 @@ def build_optimizer(
 class GroupedOptimizer(torch.optim.Optimizer):
     """Muon in groups with `muon` set, AdamW in the others; every update is computed in fp32.
 
-    Parameters are fp32 or bf16, state is in `config.state_dtype`; int8 is torchao's, with a scale for every 256 elements
-    (https://arxiv.org/abs/2110.02861), where each rank holds whole blocks, and fp32 elsewhere. What is kept in bf16 is
+    Parameters are fp32 or bf16, state is in `config.state_dtype`. What is kept in bf16 is
     rounded stochastically unless `config.rounding` is `nearest`, where a weight or an average stops moving as soon as a
     step changes it by less than half of its last bit. The noise is a function of the step, the tensor and the element's
     place in the whole tensor: a continued run repeats it, replicas stay equal, and the number of ranks does not matter.
@@ -114,7 +113,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         blank = torch.optim.AdamW([nn.Parameter(torch.empty(0))], lr=config.learning_rate)
         super().__init__(groups, blank.defaults)
         self._config = config
-        self._dtype = STATE_DTYPES.get(config.state_dtype, torch.float32)
+        self._dtype = STATE_DTYPES[config.state_dtype]
         masters = {p.dtype for group in self.param_groups for p in group["params"]}
         self.unmoved = torch.zeros(2, dtype=torch.int64) if torch.bfloat16 in masters else None
         """Of this rank's bf16 masters since it was set to zero: elements that stayed as they were though their step
@@ -181,9 +180,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _keep(self, kept: Tensor, exact: Tensor, key: tuple[int, int, int]) -> None:
         """Store exact fp32 values of this rank's part; fp32 tensors were updated in place, `float()` copied nothing."""
         local = _local(kept)
-        if _is_quantised(local):
-            local.copy_(exact)
-            return
         if local.dtype != torch.bfloat16:
             return
         if self._config.rounding == "stochastic":
@@ -203,10 +199,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros(())
             for name in names:
-                if self._config.state_dtype == "int8" and _has_whole_blocks(parameter):
-                    state[name] = _quantised_zeros(parameter, signed=name != "exp_avg_sq")
-                else:
-                    state[name] = torch.zeros_like(parameter, dtype=self._dtype)
+                state[name] = torch.zeros_like(parameter, dtype=self._dtype)
         state["step"] += 1
         return state
 
@@ -218,9 +211,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for name, parameter in zip(saved, own, strict=True):
             if name in state_dict["state"]:
                 self.state[parameter] = {
-                    key: value
-                    if key == "step" or _is_quantised(_local(value))
-                    else value.to(parameter.device, self._dtype)
+                    key: value if key == "step" else value.to(parameter.device, self._dtype)
                     for key, value in state_dict["state"][name].items()
                 }
 
@@ -233,47 +224,7 @@ def _local(tensor: Tensor | None) -> Tensor:
 
 def _exact(state: Tensor) -> Tensor:
     """This rank's part of a running average in fp32; the stored tensor itself where it is fp32."""
-    local = _local(state)
-    return local.dequantize() if _is_quantised(local) else local.float()
-
-
-def _is_quantised(local: Tensor) -> bool:
-    return hasattr(local, "codes")  # torchao's tensors, without importing it
-
-
-def _has_whole_blocks(parameter: Tensor) -> bool:
-    """Whether each rank holds a whole number of blocks, as many as the others, of a tensor that is not small."""
-    shards = 1
-    if isinstance(parameter, DTensor):
-        for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
-            if placement.is_shard():
-                shards *= size
-            if not (placement.is_shard(0) or placement.is_replicate()):
-                return False
-    block = 256 * shards
-    return (
-        parameter.numel() >= 16 * block
-        and parameter.shape[0] % shards == 0
-        and parameter.numel() % block == 0
-    )
-
-
-def _quantised_zeros(parameter: Tensor, *, signed: bool) -> Tensor:
-    from torchao.optim.subclass_8bit import OptimState8bit  # type: ignore[import-not-found]  # an extra
-
-    local = _local(parameter)
-    zeros = OptimState8bit.zeros(local.shape, signed=signed, block_size=256, device=local.device)
-    if not isinstance(parameter, DTensor):
-        return zeros
-    whole = DTensor.from_local(
-        zeros,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-    return whole.to(parameter.device)  # offloaded parameters are not on the mesh's device
+    return _local(state).float()
 
 
 def _orthogonal_step(matrix: Tensor, adjustment: str) -> Tensor:

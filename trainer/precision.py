@@ -13,11 +13,7 @@ from trainer.errors import TrainError
 
 FLOAT8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with float8 matrix products
 _FLOAT8_MULTIPLE = 16  # what a float8 matrix product wants of its dimensions
-BYTES = {
-    "float32": 4.0,
-    "bfloat16": 2.0,
-    "int8": 1 + 4 / 256,
-}  # int8: an fp32 scale per block of 256
+BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def precision_table(
@@ -43,7 +39,7 @@ def precision_table(
 
 def bytes_per_parameter(
     parallel: ParallelConfig, optimizer: OptimizerConfig, *, muon: bool = False
-) -> dict[str, float]:
+) -> dict[str, int]:
     """What a trained parameter takes between steps, over all ranks that share it.
 
     Args:

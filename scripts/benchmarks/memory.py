@@ -7,7 +7,6 @@ largest sum above what lived before, from the profiler's events. Times are taken
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Callable
 from statistics import median
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from data.loader import assemble
 from models.build import build_model, decoder_layer_classes
@@ -44,7 +42,6 @@ _HALF = ParallelConfig(master_dtype="bfloat16")
 STATES = {
     "AdamW, all float32": (ParallelConfig(), OptimizerConfig()),
     "AdamW, state bfloat16": (ParallelConfig(), OptimizerConfig(state_dtype="bfloat16")),
-    "AdamW, state int8": (ParallelConfig(), OptimizerConfig(state_dtype="int8")),
     "AdamW, masters bfloat16": (_HALF, OptimizerConfig()),
     "AdamW, masters and state bfloat16": (_HALF, OptimizerConfig(state_dtype="bfloat16")),
     "Muon, all float32": (ParallelConfig(), OptimizerConfig(name="muon")),
@@ -62,17 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """All numbers. Without torchao there is no int8 state."""
+    """All numbers."""
     torch.manual_seed(SEED)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     shape = {"layers": arguments.layers, "width": arguments.width}
     try:
         batch = one_row(arguments.seq_len)
-        states = {
-            name: case
-            for name, case in STATES.items()
-            if case[1].state_dtype != "int8" or importlib.util.find_spec("torchao") is not None
-        }
         result = {
             "machine": machine() | {"threads": torch.get_num_threads()},
             "versions": versions("torch", "transformers"),
@@ -90,7 +82,7 @@ def run(arguments: argparse.Namespace) -> Result:
                 arguments.repeats,
             ),
             "states": compare(
-                {name: lambda case=case: States(*case, shape) for name, case in states.items()},
+                {name: lambda case=case: States(*case, shape) for name, case in STATES.items()},
                 arguments.repeats,
             ),
         }
@@ -164,10 +156,7 @@ class States:
 
 
 def nbytes(tensor: torch.Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    if is_traceable_wrapper_subclass(local):  # int8 state
-        return sum(getattr(local, name).nbytes for name in local.__tensor_flatten__()[0])
-    return local.nbytes
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
 def peak_mib(run: Callable[[], None]) -> float:
