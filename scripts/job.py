@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from scripts.config import TrainConfig
+from trainer.crashes import Attempt
 from trainer.distributed import Ranks
+from trainer.preemption import StopRequest
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Job:
     cache_dir: Path
     output_dir: Path
     ranks: Ranks
+    stop: StopRequest
+    attempt: Attempt
     device: torch.device
     micro_batch_size: int
     global_batch_size: int

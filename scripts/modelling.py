@@ -108,7 +108,7 @@ def judge_first_loss(
 def evaluate_model(
     job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
-    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`; {} without held-out rows."""
+    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`; {} without held-out rows, or when the run is told to stop meanwhile."""
     config = job.config
     if not job.prepared["evaluation"]:
         return {}
@@ -121,7 +121,10 @@ def evaluate_model(
         for source in job.prepared["evaluation"]
     ]
     batches = open_batches(job, mix(sources), tokenizer, training=False)
-    values = {"eval_loss": evaluate_loss(model, batches, loss_fn=causal_lm_loss, device=job.device)}
+    loss = evaluate_loss(model, batches, loss_fn=causal_lm_loss, device=job.device, stop=job.stop)
+    if job.stop.agreed():
+        return {}
+    values = {"eval_loss": loss}
     if uses_embedded_data(config) and config.evaluation.generate_rows > 0:
         asked = questions("test", config.evaluation.generate_rows)
         answers = generate_answers(

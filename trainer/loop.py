@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from trainer.config import OptimizerConfig
 from trainer.distributed import max_over_ranks, sum_over_ranks
-from trainer.errors import TrainError
+from trainer.guards import Guards
 from trainer.hardware import peak_memory_gib
 from trainer.optimizer import clip_gradients, set_learning_rate
 from trainer.parallel import set_gradient_sync
+from trainer.preemption import StopRequest
 
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -45,30 +44,6 @@ class Speedometer:
     """Of all ranks together."""
 
 
-class StopRequest:
-    """Set by SIGTERM or ctrl-C; the loop agrees on it over all ranks and stops after the step it is in."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Catch the first signal; a second ctrl-C ends the process as usual."""
-
-        def remember(number: int, _frame: object) -> None:
-            self.signal = signal.Signals(number)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = {
-            number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -89,8 +64,9 @@ def train(
     save_every: int,
     log: Callable[[dict[str, Any]], None],
     log_every: int,
-    advance: Callable[[], None],
+    advance: Callable[[int, float, float], None],
     stop: StopRequest,
+    guards: Guards,
     speedometer: Speedometer,
 ) -> bool:
     """Run steps `progress.step + 1` to `steps`; every rank calls this with its own batches.
@@ -102,7 +78,7 @@ def train(
             `counts` [4] int64 on the host: real tokens, padding tokens, valid labels, squared document lengths.
         loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the batch's valid labels.
         learning_rate: pure function of the step.
-        optimizer_config: clipping and how many steps in a row may be skipped.
+        optimizer_config: clipping.
         progress: advanced in place.
         steps: the last step of the run.
         global_batch_size: packed rows per step over all ranks.
@@ -115,22 +91,23 @@ def train(
         save_every: 0 for only at the end.
         log: gets one dictionary per `log_every` steps, on every rank.
         log_every: steps.
-        advance: called after every step.
+        advance: called after every step with it, its seconds, and those of them spent waiting for batches.
         stop: polled once per step.
+        guards: decide whether a step counts, and end a run that went wrong.
         speedometer: turns counts into `mfu_pct`.
 
     Returns:
-        True when the last step was reached, False when a stop was requested.
+        True when everything was done, False when a stop was requested: then all steps up to it are saved.
 
     Raises:
-        TrainError: too many steps in a row had a gradient that is not finite.
+        TrainError: too many steps in a row had a gradient that is not finite, or the ranks disagree.
     """
     batches = iter(batches)
     window = Window(speedometer)
-    skipped = 0
 
     for step in range(progress.step + 1, steps + 1):
         # The whole step's batches are fetched first: their token counts are the divisor of every loss in it.
+        guards.begin_step(step)
         window.begin_step()
         micro_batches = [next(batches) for _ in range(grad_accum_steps)]
         window.end_data_wait()
@@ -148,22 +125,15 @@ def train(
             step_loss += loss_sum.detach()
 
         grad_norm = clip_gradients(model.parameters(), optimizer_config.max_grad_norm)
-        if math.isfinite(grad_norm):  # the norm is global: all ranks decide alike
+        if guards.accept(grad_norm, step_loss, micro_batches):  # alike on all ranks
             set_learning_rate(optimizer, learning_rate(step))
             optimizer.step()
-            skipped = 0
-        else:
-            skipped += 1
         optimizer.zero_grad()
         progress.step, progress.samples = step, progress.samples + global_batch_size
-        window.end_step(step_loss, counts)
-        advance()
+        seconds, data_wait_seconds = window.end_step(step_loss, counts)
+        advance(step, seconds, data_wait_seconds)
+        guards.end_step(progress.samples, data_wait_seconds)
 
-        if skipped > optimizer_config.max_skipped_steps:
-            raise TrainError(
-                f"the gradient was not finite in {skipped} steps in a row, the last being step {step}; "
-                "lower --optimizer.learning_rate, or look at the data of these steps"
-            )
         if step % log_every == 0 or step == steps:
             log(
                 {
@@ -172,18 +142,19 @@ def train(
                     **window.row(device),
                     "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                     "learning_rate": learning_rate(step),
-                    "skipped_steps": skipped,
+                    "skipped_steps": guards.skipped,
+                    "loss_spikes": guards.count_spikes(window.losses),
                 }
             )
             window = Window(speedometer)
-        stopping = stop_votes > 0 and step < steps
+        stopping = stop_votes > 0
         if (save_every and step % save_every == 0) or step == steps or stopping:
             save(progress)
         if stopping:
             return False
         if (evaluate_every and step % evaluate_every == 0) or step == steps:
             evaluate(step)
-    return True
+    return not stop.agreed()
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -192,11 +163,17 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 class Window:
-    """Sums over the steps since the last logged row. Nothing here waits for the device until `row`."""
+    """Sums over the steps since the last logged row. Nothing here waits for the device until `row`.
+
+    Attributes:
+        losses: of each step, the mean over its valid tokens on all ranks; known after `row`.
+    """
 
     def __init__(self, speedometer: Speedometer) -> None:
         self._speedometer = speedometer
-        self._losses: list[Tensor] = []
+        self.losses: list[float] = []
+        self._loss_sums: list[Tensor] = []
+        self._valid_tokens: list[float] = []
         self._counts = [0.0] * 4
         self._steps = 0
         self._seconds = self._data_wait_seconds = 0.0
@@ -205,18 +182,28 @@ class Window:
         self._began = time.perf_counter()
 
     def end_data_wait(self) -> None:
-        self._data_wait_seconds += time.perf_counter() - self._began
+        self._data_wait = time.perf_counter() - self._began
 
-    def end_step(self, loss_sum: Tensor, counts: Sequence[float]) -> None:
-        """Take this rank's loss of the step and the step's counts over all ranks."""
-        self._losses.append(loss_sum)
+    def end_step(self, loss_sum: Tensor, counts: Sequence[float]) -> tuple[float, float]:
+        """Take this rank's loss of the step and the step's counts over all ranks.
+
+        Returns:
+            Seconds of the step, and those of them spent waiting for data.
+        """
+        seconds = time.perf_counter() - self._began
+        self._loss_sums.append(loss_sum)
+        self._valid_tokens.append(counts[2])
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         self._steps += 1
-        self._seconds += time.perf_counter() - self._began
+        self._seconds += seconds
+        self._data_wait_seconds += self._data_wait
+        return seconds, self._data_wait
 
     def row(self, device: torch.device) -> dict[str, Any]:
         """Means and sums over all ranks and the steps of the window; `loss` is the mean over all valid tokens."""
-        (loss_sum,) = sum_over_ranks([float(torch.stack(self._losses).double().sum())])
+        loss_sums = sum_over_ranks(torch.stack(self._loss_sums).double().tolist())
+        pairs = zip(loss_sums, self._valid_tokens, strict=True)
+        self.losses = [loss_sum / max(count, 1) for loss_sum, count in pairs]
         # Steps end together, so the slowest rank's clock is the run's.
         seconds, data_wait, memory = max_over_ranks(
             [self._seconds, self._data_wait_seconds, peak_memory_gib(device)]
@@ -225,7 +212,7 @@ class Window:
         flops = self._speedometer.flops(tokens, valid_tokens, squared_lengths)
         peak = self._speedometer.peak_flops
         return {
-            "loss": loss_sum / max(valid_tokens, 1),
+            "loss": math.fsum(loss_sums) / max(valid_tokens, 1),
             "valid_tokens": int(valid_tokens),
             "tokens": int(tokens),
             "padding_tokens": int(padding_tokens),
@@ -240,11 +227,17 @@ class Window:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: nn.Module, batches: Iterable[Batch], *, loss_fn: LossFunction, device: torch.device
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    loss_fn: LossFunction,
+    device: torch.device,
+    stop: StopRequest | None = None,
 ) -> float:
     """Mean loss per valid token over all batches of all ranks; the same for any number of ranks.
 
-    Every rank must bring the same number of batches; one with nothing left brings padding.
+    Every rank must bring the same number of batches; one with nothing left brings padding. When `stop`
+    is requested meanwhile it ends early, and the value means nothing.
     """
     was_training = model.training
     model.eval()
@@ -253,6 +246,8 @@ def evaluate_loss(
         loss_sum, _metrics = loss_fn(model, to_device(batch, device))
         loss += loss_sum.double().cpu()
         valid += int(batch["counts"][2])
+        if stop is not None and stop.agreed():
+            break
     model.train(was_training)
     if isinstance(model, FSDPModule):
         model.reshard()  # without a backward nobody frees the root's gathered parameters
