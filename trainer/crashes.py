@@ -44,8 +44,9 @@ class Attempt:
         }
 
     def record(self, error: BaseException, *, final: bool) -> None:
-        """Append what ends this rank; with `final` the launcher's next attempts end at once."""
-        if self.output_dir is None:
+        """Append what ends this rank; with `final` the launcher's next attempts, if it makes any, end at once."""
+        tried_again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+        if self.output_dir is None or (final and not tried_again):
             return
         kind = type(error).__name__
         line = (str(error).strip() or kind).split("\n")[0][:500]

@@ -182,6 +182,7 @@ class _Launcher:
         for name, value in (
             ("TORCHELASTIC_RUN_ID", self._run),
             ("TORCHELASTIC_RESTART_COUNT", str(self._count)),
+            ("TORCHELASTIC_MAX_RESTARTS", "3"),
             ("RANK", str(rank)),
         ):
             self._monkeypatch.setenv(name, value)
