@@ -33,6 +33,7 @@ class PackedBatches:
         document_offsets  int32 [M + 1] borders of the documents in the B * S flattened tokens,
                                         from 0; behind the last one B * S repeats
         label_positions   int64 [N]     where labels has one, in the flattened B * S
+        row_tokens        int64 [B]     real tokens at the start of each row
         counts            int64 [4]     real tokens, padding tokens, labels, sum of the documents'
                                         squared lengths
         sample_index      int64 [B]     global sample of each row; -1 for a row of padding
@@ -187,8 +188,9 @@ def assemble(
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
+    row_tokens = np.zeros(len(rows), dtype=np.int64)
     borders = [0]
-    real_tokens = squared_lengths = 0
+    squared_lengths = 0
     for row, documents in enumerate(rows):
         begin = 0
         for ids, supervised in documents:
@@ -199,7 +201,7 @@ def assemble(
             borders.append(row * seq_len + end)
             begin = end
             squared_lengths += len(ids) ** 2
-        real_tokens += begin
+        row_tokens[row] = begin
         if begin < seq_len:
             position_ids[row, begin:] = np.arange(seq_len - begin)
             borders.append((row + 1) * seq_len)
@@ -207,6 +209,7 @@ def assemble(
     offsets[: len(borders)] = borders
     # Found here, where it costs no GPU a synchronisation.
     label_positions = np.flatnonzero(labels != IGNORE_INDEX)
+    real_tokens = int(row_tokens.sum())
     counts = [real_tokens, labels.size - real_tokens, len(label_positions), squared_lengths]
     return {
         "input_ids": torch.from_numpy(input_ids),
@@ -214,6 +217,7 @@ def assemble(
         "position_ids": torch.from_numpy(position_ids),
         "document_offsets": torch.from_numpy(offsets),
         "label_positions": torch.from_numpy(label_positions),
+        "row_tokens": torch.from_numpy(row_tokens),
         "counts": torch.tensor(counts),
         "sample_index": torch.from_numpy(sample_index),
     }

@@ -159,7 +159,7 @@ class _Stream:
     @property
     def max_documents(self) -> int:
         """Room for documents in a packed row: a number known before any row is."""
-        return 1 + self.config.seq_len // 8
+        return 1 if self.config.packing == "none" else 1 + self.config.seq_len // 8
 
     def blocks(self, state: dict[str, int]) -> Iterator[_Block]:
         """The blocks from that of `state` on; those without an example are passed over."""

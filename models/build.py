@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,19 +16,36 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from models.attention import PACKED_ATTENTION
 from models.causal_lm import PackedCausalLM
 from models.config import ModelConfig
 from models.errors import ModelError
+from models.layers import has_sliding_window, linear_attention_layers, sparse_layers
 
 JUDGED_PARAMETERS = 10_000_000  # the smallest Qwen has some 500 million
 FIRST_LOSS_MARGIN = 0.5
 """Nats a token by which pretrained weights must beat a uniform guess on the first batch."""
 
-CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
+    config_class.model_type: config_class
+    for config_class in (
+        Qwen2Config,
+        Qwen2MoeConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+        Qwen3NextConfig,
+        Qwen3_5TextConfig,
+        Qwen3_5MoeTextConfig,
+    )
+}
 
 # The built-in model: small enough to learn the embedded chat data on two CPU cores in minutes.
 EMBEDDED_QWEN3: dict[str, Any] = {
@@ -71,6 +89,8 @@ def read_model_config(
         raise ModelError(
             f"{file} is not a model configuration ({error}); download it again"
         ) from None
+    if isinstance(values.get("text_config"), dict) and f"{model_type}_text" in CONFIG_CLASSES:
+        model_type, values = f"{model_type}_text", _text_values(values)
     if model_type not in CONFIG_CLASSES:
         raise ModelError(
             f"{file} says model_type {model_type!r}; this trainer knows {', '.join(CONFIG_CLASSES)}"
@@ -83,6 +103,13 @@ def read_model_config(
     if config.add_special_tokens:
         grow_vocabulary(hf_config, tokenizer)
     return hf_config
+
+
+def _text_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a vision-language configuration; either may say that the head is tied."""
+    text = values["text_config"]
+    tied = any(part.get("tie_word_embeddings", False) for part in (values, text))
+    return {**text, "tie_word_embeddings": tied}
 
 
 def _parsed(
@@ -101,10 +128,16 @@ def _parsed(
         raise ModelError(
             f"{where}{' with model.overrides' * bool(config.overrides)} is not a valid configuration ({reason})"
         ) from None
-    if "sliding_attention" in (hf_config.layer_types or ()) and config.attention == "packed":
+    if has_sliding_window(hf_config) and config.attention == "packed":
         raise ModelError(
             f"{where} uses sliding-window attention, which needs --model.attention sdpa"
         )
+    if config.router_aux_loss_coef is not None:
+        if not sparse_layers(hf_config):
+            raise ModelError(
+                f"model.router_aux_loss_coef is for mixtures of experts, and {where} is dense; leave it out"
+            )
+        hf_config.router_aux_loss_coef = config.router_aux_loss_coef
     return hf_config
 
 
@@ -127,6 +160,33 @@ def check_fits(
             f"the tokenizer's highest id is {highest}, but the model has {hf_config.vocab_size} embedding rows; "
             "they do not belong together (check --model.tokenizer)"
         )
+
+
+def check_packing(hf_config: PreTrainedConfig, *, packing: str, device_type: str) -> None:
+    """Refuse rows of several documents where linear attention would carry one into the next.
+
+    PyTorch's own version of Gated DeltaNet knows no document borders; the kernels of flash-linear-attention
+    and causal-conv1d do, and run on GPUs only.
+
+    Args:
+        hf_config: transformers' configuration.
+        packing: `none` puts one document in a row, which every model can train on.
+        device_type: where the model will run.
+
+    Raises:
+        ModelError: naming what would make it work.
+    """
+    if packing == "none" or not linear_attention_layers(hf_config):
+        return
+    libraries = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
+    missing = [name for module, name in libraries.items() if find_spec(module) is None]
+    if device_type == "cuda" and not missing:
+        return
+    needed = "install" if device_type == "cuda" else "train on a GPU with"
+    raise ModelError(
+        f"{hf_config.model_type} has linear attention, which would carry one document of a packed row into "
+        f"the next; use --data.packing none, or {needed} {' and '.join(missing or libraries.values())}"
+    )
 
 
 def grow_vocabulary(hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.attention import PACKED_ATTENTION
+from models.layers import linear_attention_layers
 
 Batch = Mapping[str, Tensor]
 
@@ -28,25 +30,38 @@ class PackedCausalLM(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
+        self._linear_attention = bool(linear_attention_layers(hf.config))
 
-    def forward(self, batch: Batch, head: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+    def forward(
+        self,
+        batch: Batch,
+        head: Callable[[Tensor, Tensor], Any] | None = None,
+        *,
+        router_logits: bool = False,
+    ) -> Any:
         """
         Args:
             batch: `input_ids` [B, S], `position_ids` [B, S] restarting in every document, `document_offsets` [M + 1].
+                M is at most 2 B, a document and its padding, where every row holds one document.
             head: function of the hidden states [B, S, D] and the head's weight [V, D].
+            router_logits: return the routers' logits as well, [B * S, experts] of each layer with experts.
 
         Returns:
-            What `head` returns; without `head`, logits [B, S, V].
+            What `head` returns, and without `head` logits [B, S, V]; with `router_logits` a tuple of that and theirs.
         """
-        hidden = self.hf.base_model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
+        rows, length = batch["input_ids"].shape
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "document_offsets")}
+        if self._linear_attention and len(inputs["document_offsets"]) > 2 * rows + 1:
+            inputs = _with_borders(**inputs)
+        output = self.hf.base_model(
+            **inputs,
             attention_mask=None,  # a mask of ones would switch transformers' own document detection off
-            document_offsets=batch["document_offsets"],
             use_cache=False,
-        ).last_hidden_state
-        weight = self.head.weight
-        return F.linear(hidden, weight) if head is None else head(hidden, weight)
+            **({"output_router_logits": True} if router_logits else {}),
+        )
+        hidden, weight = output.last_hidden_state.view(rows, length, -1), self.head.weight
+        result = F.linear(hidden, weight) if head is None else head(hidden, weight)
+        return (result, output.router_logits) if router_logits else result
 
     @property
     def head(self) -> nn.Linear:
@@ -59,6 +74,30 @@ class PackedCausalLM(nn.Module):
         """transformers' `generate`; under FSDP it is entered like a forward (`register_fsdp_forward_method`)."""
         with dense_attention(self.hf):
             return self.hf.generate(*args, **kwargs)  # type: ignore[operator]  # from GenerationMixin
+
+
+def _with_borders(
+    input_ids: Tensor, position_ids: Tensor, document_offsets: Tensor
+) -> dict[str, Tensor]:
+    """The inputs of linear attention over packed documents: one long row, and its borders in every form it reads.
+
+    The recurrence (flash-linear-attention) takes cumulative lengths and a single row, the convolution
+    (causal-conv1d) the number of each token's document. Without those libraries transformers raises.
+
+    Args:
+        input_ids, position_ids: [B, S].
+        document_offsets: [M + 1].
+    """
+    places = torch.arange(input_ids.numel(), device=input_ids.device)
+    documents = torch.searchsorted(document_offsets, places, right=True) - 1
+    return {
+        "input_ids": input_ids.view(1, -1),
+        "position_ids": position_ids.view(1, -1),
+        "document_offsets": document_offsets,
+        "cu_seq_lens_q": document_offsets,
+        "cu_seq_lens_k": document_offsets,
+        "seq_idx": documents.int().view(1, -1),
+    }
 
 
 @contextmanager

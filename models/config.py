@@ -43,5 +43,8 @@ class ModelConfig:
     attention: Literal["packed", "sdpa"] = "packed"
     """packed: variable-length kernel on CUDA, document by document on CPU; sdpa: PyTorch SDPA with a dense mask."""
 
+    router_aux_loss_coef: float | None = None
+    """Weight of the loss that balances the experts of a mixture of experts; default: config.json's."""
+
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Floating-point type of the exported safetensors."""

@@ -1,10 +1,12 @@
 """A model as a Hugging Face folder: safetensors, config, tokenizer, template, generation_config, model card.
 
-The weights are written one tensor at a time, whether they come from the live, sharded model or from a checkpoint.
+The weights are written one tensor at a time, whether they come from the live, sharded model or from a checkpoint. Experts,
+which are one tensor in memory, are written one by one, as on the hub.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,8 +24,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from models.build import build_model
 from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
+from models.names import Part, stored_parts
 from models.tokenizer import stop_token_ids
-from models.weights import INDEX_FILE, SINGLE_FILE, export_tensors, tensor_files
+from models.weights import INDEX_FILE, SINGLE_FILE, export_tensors
 
 MAX_SHARD_BYTES = 4 * 2**30
 CARD_FILE = "README.md"
@@ -41,6 +44,7 @@ def export_model(
     source: Path | None = None,
     card: Callable[[], str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: bool = True,
 ) -> None:
     """Write the model so that `AutoModelForCausalLM.from_pretrained(folder)` and vLLM load it.
 
@@ -56,10 +60,11 @@ def export_model(
         source: folder of the model that was trained; its sampling settings are kept.
         card: gives the text of the model card; called on the writer.
         max_shard_bytes: a new file is begun when one would grow beyond this.
+        verify: see `write_weights`.
 
     Raises:
-        ModelError: on the writer, when a file cannot be written. The gathering is finished first, so that the
-            other ranks are not left waiting.
+        ModelError: on the writer, when a file cannot be written or does not hold what was written. The gathering is
+            finished first, so that the other ranks are not left waiting.
     """
     tensors = export_tensors(model)
     waiting = dict.fromkeys(tensors)
@@ -73,7 +78,12 @@ def export_model(
         if is_writer:
             with staged(folder) as staging:
                 write_weights(
-                    staging, tensors, gather, dtype=dtype, max_shard_bytes=max_shard_bytes
+                    staging,
+                    stored_parts(model.hf, tensors),
+                    gather,
+                    dtype=dtype,
+                    max_shard_bytes=max_shard_bytes,
+                    verify=verify,
                 )
                 write_model_files(staging, model, tokenizer, dtype=dtype, source=source)
                 if card is not None:
@@ -118,10 +128,13 @@ def _replace(folder: Path, complete: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, *, forget: bool = False) -> None:
+    """Wait until the disk has it; `forget` drops it from memory, so that it is next read from the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if forget and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
@@ -186,22 +199,28 @@ def empty_model(folder: Path) -> PackedCausalLM:
 
 def write_weights(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, Part],
     read: Callable[[str], Tensor],
     *,
     dtype: torch.dtype,
     max_shard_bytes: int,
+    verify: bool,
 ) -> None:
-    """Write safetensors, and an index if there are several files, with one tensor in memory at a time.
+    """Write safetensors, and an index if there are several files, with one parameter in memory at a time.
 
     Args:
         folder: exists.
-        tensors: names and shapes; the tensors may be sharded or on the meta device.
-        read: gives one whole tensor; called once for each name, in the order of `tensors`.
+        parts: what is written, by name, from `stored_parts`.
+        read: gives one whole parameter; called once for each, in the order of `parts`.
         dtype: float32 or bfloat16, on disk.
         max_shard_bytes: a new file is begun when one would grow beyond this.
+        verify: read each file again, from the disk where the file system lets go of it, and compare the SHA-256 of
+            every tensor with that of what was to be written.
+
+    Raises:
+        ModelError: names the tensors that differ.
     """
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    sizes = {name: part.shape.numel() * dtype.itemsize for name, part in parts.items()}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -211,14 +230,27 @@ def write_weights(
         shards[-1].append(name)
         filled += size
     weight_map: dict[str, str] = {}
+    parameter, whole = None, torch.empty(0)
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = SINGLE_FILE if len(shards) == 1 else file
         weight_map.update(dict.fromkeys(names, file))
+        digests: dict[str, bytes] = {}
         with (folder / file).open("wb") as stream:
-            stream.write(_header({name: tensors[name].shape for name in names}, dtype))
+            stream.write(_header({name: parts[name].shape for name in names}, dtype))
             for name in names:
-                stream.write(_bytes_of(read(name).to("cpu", dtype)))
+                if parts[name].parameter != parameter:
+                    parameter = parts[name].parameter
+                    del whole  # before there is another
+                    whole = read(parameter)
+                data = _bytes_of(parts[name].of(whole).to("cpu", dtype))
+                stream.write(data)
+                if verify:
+                    digests[name] = hashlib.sha256(data).digest()
+                del data
+        if verify:
+            _sync(folder / file, forget=True)
+            _check_digests(folder / file, digests)
     if len(shards) > 1:
         total = sum(sizes.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -247,42 +279,19 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)  # type: ignore[arg-type]  # numpy arrays are buffers
 
 
-def verify_export(folder: Path, read: Callable[[str], Tensor], *, dtype: torch.dtype) -> int:
-    """Compare every tensor on the disk with its original, bit for bit, and names and shapes with config.json.
-
-    Args:
-        folder: written by `write_weights` and `write_model_files` or `copy_model_files`.
-        read: gives the original of a tensor by name.
-        dtype: floating-point type the originals were converted to.
-
-    Returns:
-        How many tensors there are.
-
-    Raises:
-        ModelError: names what differs.
-    """
-    expected = export_tensors(empty_model(folder))
-    files = tensor_files(folder)
-    wrong = sorted(set(files) ^ set(expected))
-    headers: dict[Path, tuple[dict[str, Any], int]] = {}
-    for name in [] if wrong else expected:
-        file = files[name]
-        if file not in headers:
-            headers[file] = _read_header(file)
-        entries, start = headers[file]
-        entry = entries[name]
-        form = entry["shape"], entry["dtype"]
-        same = form == (list(expected[name].shape), _CODES[dtype]) and _holds(
-            file, start + entry["data_offsets"][0], read(name).to("cpu", dtype)
-        )
-        if not same:
-            wrong.append(name)
-    if wrong:
+def _check_digests(file: Path, digests: Mapping[str, bytes]) -> None:
+    """Compare a file that has just been written with the SHA-256 of every tensor that it should hold."""
+    entries, start = _read_header(file)
+    changed = []
+    for name, digest in digests.items():
+        begin, end = entries[name]["data_offsets"]
+        if _digest(file, start + begin, end - begin) != digest:
+            changed.append(name)
+    if changed:
         raise ModelError(
-            f"what was written is not the checkpoint: {len(wrong)} of {len(expected)} tensors differ "
-            f"({', '.join(wrong[:5])}); check the disk and export again"
+            f"what {file.name} holds is not what was written: {len(changed)} of {len(digests)} tensors "
+            f"differ ({', '.join(changed[:5])}); check the disk and export again"
         )
-    return len(expected)
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -297,13 +306,11 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         return json.loads(stream.read(length)), 8 + length
 
 
-def _holds(file: Path, offset: int, tensor: Tensor) -> bool:
-    """Whether the file has the tensor's bytes at the offset; read in blocks, since a mapped file counts as memory."""
-    expected = _bytes_of(tensor)
+def _digest(file: Path, begin: int, length: int) -> bytes:
+    """SHA-256 of a part of a file; read in blocks, since a mapped file counts as memory."""
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        stream.seek(offset)
-        return all(
-            stream.read(_BLOCK_BYTES)[: len(expected) - begin]
-            == bytes(expected[begin : begin + _BLOCK_BYTES])
-            for begin in range(0, len(expected), _BLOCK_BYTES)
-        )
+        stream.seek(begin)
+        for done in range(0, length, _BLOCK_BYTES):
+            digest.update(stream.read(min(_BLOCK_BYTES, length - done)))
+    return digest.digest()

@@ -4,25 +4,70 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from models.layers import linear_attention_layers, sparse_layers
+
 
 def training_flops(
     hf_config: PreTrainedConfig, tokens: float, labels: float, squared_lengths: float
 ) -> float:
     """Model FLOPs of forward and backward: 2 per multiply-add, backward twice the forward, no recomputation.
 
-    Linear layers count for every token, the head for every label, causal attention for half of each document's
-    square; the embedding look-up, norms and other elementwise work count nothing.
+    Matrix products count for every token, of a mixture of experts those of the experts it is sent to, the
+    router and the shared expert; the head for every label; causal attention for half of each document's square.
+    Gated DeltaNet counts its short convolution and, whatever way a kernel computes it, the recurrence
+    S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t (https://arxiv.org/abs/2412.06464,
+    equation 10): three products with a [key width, value width] state per token and value head.
+    The embedding look-up, norms and other elementwise work count nothing.
 
     Args:
-        hf_config: a dense Qwen2 or Qwen3.
+        hf_config: of a family in `models.build.CONFIG_CLASSES`.
         tokens: real tokens, without padding.
         labels: tokens that are predicted; the loss computes logits for no other.
         squared_lengths: sum over documents of their squared length in tokens.
     """
-    h, f, layers = hf_config.hidden_size, hf_config.intermediate_size, hf_config.num_hidden_layers
-    query, key_value = hf_config.num_attention_heads, hf_config.num_key_value_heads
-    width = getattr(hf_config, "head_dim", None) or h // query
-    per_layer = 2 * h * query * width + 2 * h * key_value * width + 3 * h * f
-    linear = 6 * (tokens * layers * per_layer + labels * h * hf_config.vocab_size)
-    attention = 12 * layers * query * width * squared_lengths * 0.5
-    return linear + attention
+    linear, sparse = linear_attention_layers(hf_config), sparse_layers(hf_config)
+    per_token = 0
+    for layer in range(hf_config.num_hidden_layers):
+        if layer in linear:
+            per_token += _linear_attention_products(hf_config)
+        else:
+            per_token += _attention_weights(hf_config)
+        if layer in sparse:
+            per_token += _expert_weights(hf_config)
+        else:
+            per_token += 3 * hf_config.hidden_size * hf_config.intermediate_size
+    attending = hf_config.num_hidden_layers - len(linear)
+    scores = attending * 2 * _query_width(hf_config) * squared_lengths * 0.5
+    head = labels * hf_config.hidden_size * hf_config.vocab_size
+    return 6 * (tokens * per_token + head + scores)
+
+
+def _query_width(hf_config: PreTrainedConfig) -> int:
+    heads = hf_config.num_attention_heads
+    return heads * (getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
+
+
+def _attention_weights(hf_config: PreTrainedConfig) -> int:
+    """Of the projections to queries, keys and values and of the output; with Gated DeltaNet also of an output gate."""
+    query = _query_width(hf_config)
+    key_value = query // hf_config.num_attention_heads * hf_config.num_key_value_heads
+    gate = query if hasattr(hf_config, "linear_num_key_heads") else 0
+    return hf_config.hidden_size * (2 * query + 2 * key_value + gate)
+
+
+def _linear_attention_products(hf_config: PreTrainedConfig) -> int:
+    """Multiply-adds per token: projections, convolution and the recurrence."""
+    heads, width = hf_config.linear_num_value_heads, hf_config.linear_value_head_dim
+    key = hf_config.linear_num_key_heads * hf_config.linear_key_head_dim
+    value = heads * width
+    projections = hf_config.hidden_size * (2 * key + 2 * value + 2 * heads + value)
+    convolution = (2 * key + value) * hf_config.linear_conv_kernel_dim
+    return projections + convolution + 3 * value * hf_config.linear_key_head_dim
+
+
+def _expert_weights(hf_config: PreTrainedConfig) -> int:
+    """Of the experts one token is sent to, the router, and the shared expert with its gate where there is one."""
+    h = hf_config.hidden_size
+    chosen = hf_config.num_experts_per_tok * 3 * h * hf_config.moe_intermediate_size
+    shared = getattr(hf_config, "shared_expert_intermediate_size", 0)
+    return chosen + h * hf_config.num_experts + (3 * h * shared + h if shared else 0)

@@ -24,6 +24,7 @@ def generate_answers(
     max_new_tokens: int,
     device: torch.device,
     batch_size: int = 64,
+    copies: int = 1,
 ) -> list[str]:
     """Answer every conversation by greedy decoding; each rank takes its share and all return all answers.
 
@@ -34,9 +35,11 @@ def generate_answers(
         max_new_tokens: tokens per answer.
         device: where the model lives.
         batch_size: prompts decoded together on one rank.
+        copies: neighbouring ranks that answer the same, because they compute together.
     """
     grouped = dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    ranks = dist.get_world_size() if grouped else 1
+    rank, world_size = (dist.get_rank() // copies if grouped else 0), ranks // copies
     per_rank = -(-len(prompts) // world_size)
     answers: list[str] = []
     was_training = model.training
@@ -63,14 +66,15 @@ def generate_answers(
             max_new_tokens=max_new_tokens,
             eos_token_id=stop_token_ids(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
-            synced_gpus=world_size > 1,
+            synced_gpus=ranks > 1,
         )
         new = output[:, inputs["input_ids"].shape[1] :]
         decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
         answers += [text for i, text in zip(wanted, decoded, strict=True) if i < len(prompts)]
     model.train(was_training)
-    if world_size == 1:
+    if ranks == 1:
         return answers
-    gathered: list[list[str]] = [[] for _ in range(world_size)]
+    gathered: list[list[str]] = [[] for _ in range(ranks)]
     dist.all_gather_object(gathered, answers)
+    gathered = gathered[::copies]
     return [gathered[i % world_size][i // world_size] for i in range(len(prompts))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
+from models.names import Part, Renaming, stored_parts
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -25,29 +26,38 @@ SINGLE_FILE = "model.safetensors"
 _FLOAT_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Computed from config.json today; old exports still hold it.
 _COMPUTED = r"(^|\.)rotary_emb\.inv_freq$"
+_ROWS = 4096  # of a matrix that are read at once where all of them are needed
 
 
 @dataclass
 class LoadReport:
-    """What happened to every tensor of the checkpoint and of the model, by name."""
+    """What happened to every tensor of the checkpoint, by its name there, and of the model."""
 
     loaded: list[str] = field(default_factory=list)
+    converted: dict[str, int] = field(default_factory=dict)
+    """Parameters that were put together from several stored tensors (experts), and from how many."""
     tied: list[str] = field(default_factory=list)
     """Tensors of the model that are another one; the checkpoint may hold an equal copy."""
     grown: list[str] = field(default_factory=list)
     """Loaded, with new rows set to the mean of the stored ones."""
+    initialised: list[str] = field(default_factory=list)
+    """Parameters that no checkpoint has and that were given values on purpose."""
     unused: list[str] = field(default_factory=list)
     """In the checkpoint, and left there on purpose."""
     dtypes: dict[str, int] = field(default_factory=dict)
-    """How many of the loaded and grown tensors the checkpoint holds in which floating-point type."""
+    """How many tensors of the model the checkpoint holds in which floating-point type."""
     files: int = 0
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded) + len(self.grown)} tensors loaded ({', '.join(self.dtypes)})"]
+        parts = [f"{sum(self.dtypes.values())} tensors loaded ({', '.join(self.dtypes)})"]
+        if self.converted:
+            parts.append(f"{sum(self.converted.values())} of them fused into {len(self.converted)}")
         if self.tied:
             parts.append(f"{', '.join(self.tied)} tied")
         if self.grown:
             parts.append(f"new rows of {', '.join(self.grown)} set to the mean")
+        if self.initialised:
+            parts.append(f"{len(self.initialised)} initialised on purpose")
         if self.unused:
             parts.append(f"{len(self.unused)} unused on purpose")
         return "; ".join(parts)
@@ -93,18 +103,22 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
-def load_weights(model: PackedCausalLM, folder: Path) -> LoadReport:
-    """Copy a checkpoint into a materialised model; each rank reads only the rows it keeps.
+def load_weights(
+    model: PackedCausalLM, folder: Path, *, initialised: Collection[str] = ()
+) -> LoadReport:
+    """Copy a checkpoint into a materialised model; each rank reads only the part it keeps.
 
-    Nothing is copied before every tensor of the checkpoint and of the model is accounted for.
+    Nothing is copied before every tensor of the checkpoint and of the model is accounted for. On the host it takes
+    no more memory than the model's own shard and one part of a stored tensor.
 
     Args:
-        model: sharded by `fully_shard` (or not sharded at all), fp32 parameters.
+        model: sharded by `fully_shard`, also on top of tensor parallelism, or not sharded at all; fp32 parameters.
         folder: a Hugging Face model folder with safetensors of any floating-point type.
+        initialised: parameters that the caller gives values to, because no checkpoint has them.
 
     Raises:
-        ModelError: tensors are missing, left over, quantised or of another shape (all are listed), a
-            stored head is not the embedding it is tied to, or a file is damaged.
+        ModelError: tensors are missing, left over, quantised or of another shape (all are listed by their names in
+            the folder), a stored head is not the embedding it is tied to, or a file is damaged.
     """
     files = tensor_files(folder)
     stored = _open_tensors(files)
@@ -114,55 +128,62 @@ def load_weights(model: PackedCausalLM, folder: Path) -> LoadReport:
         for name, source in dict(model.hf._tied_weights_keys or {}).items()
         if name not in parameters
     }
+    for name in initialised:
+        del parameters[name]
+    renaming = Renaming(model.hf, {*stored_parts(model.hf, parameters), *parameters, *ties})
+    ours = {renaming.known_as(name): name for name in stored}
+    # A parameter that is there under its own name is taken as it is, whatever its family does on the hub.
+    parts = stored_parts(model.hf, parameters, whole=ours.keys())
+    wanted = {ours[name]: part for name, part in parts.items() if name in ours}
+    rest = set(stored) - wanted.keys() - {ours[name] for name in ties if name in ours}
     ignored = [_COMPUTED, *(model.hf._keys_to_ignore_on_load_unexpected or ())]
-    rest = sorted(set(files) - set(parameters) - set(ties))
-    report = LoadReport(
-        tied=sorted(ties),
-        unused=[name for name in rest if any(re.search(pattern, name) for pattern in ignored)],
-        files=len(set(files.values())),
-    )
-    quantised, reshaped = [], []
-    for name in sorted(set(parameters) & set(stored)):
-        parameter, shape, kind = (
-            parameters[name],
-            stored[name].get_shape(),
-            stored[name].get_dtype(),
-        )
-        if kind not in _FLOAT_TYPES:
-            quantised.append(f"{name} is {kind}")
-        elif shape == list(parameter.shape):
-            report.loaded.append(name)
-        elif (
-            _may_grow(name)
-            and shape[0] < parameter.shape[0]
-            and shape[1:] == list(parameter.shape[1:])
-        ):
-            report.grown.append(name)
-        else:
-            reshaped.append(f"{name} is {shape}, the model has {list(parameter.shape)}")
+    unused = {name for name in rest if any(re.search(pattern, name) for pattern in ignored)}
+    report, reshaped, quantised = _account(wanted, stored, parameters)
     faults = {
-        "missing": sorted(set(parameters) - set(stored)),
-        "unexpected": sorted(set(rest) - set(report.unused)),
+        "missing": sorted(renaming.stored_as(parts.keys() - ours.keys())),
+        "unexpected": sorted(rest - unused),
         "tensors of another shape:": reshaped,
         "quantised, which cannot be trained:": quantised,
     }
     if any(faults.values()):
         listed = "; ".join(f"{what} {_shown(names)}" for what, names in faults.items() if names)
         raise ModelError(f"the tensors in {folder} are not the model's: {listed}")
-    for name in (*report.loaded, *report.grown):
-        kind = _FLOAT_TYPES[stored[name].get_dtype()]
-        report.dtypes[kind] = report.dtypes.get(kind, 0) + 1
+    report.tied, report.initialised, report.unused = sorted(ties), [*initialised], sorted(unused)
+    report.files = len(set(files.values()))
+    for name in sorted(wanted, key=lambda name: (files[name], name)):  # one file after the other
         try:
-            _copy_local(parameters[name], stored[name], rows=stored[name].get_shape()[0])
+            _copy_local(parameters[wanted[name].parameter], stored[name], wanted[name])
         except SafetensorError as error:
             raise ModelError(f"{files[name]} is damaged ({error}); download it again") from None
     for name, source in ties.items():
-        if name in stored and not _equal(stored[name], stored[source]):
+        if name in ours and not _equal(stored[ours[name]], stored[ours[source]]):
             raise ModelError(
-                f"{files[name]}: {name} is not {source}, though config.json ties them; set "
-                "tie_word_embeddings to false in it, or download the model again"
+                f"{files[ours[name]]}: {ours[name]} is not {ours[source]}, though config.json ties them; "
+                "set tie_word_embeddings to false in it, or download the model again"
             )
     return report
+
+
+def _account(
+    wanted: Mapping[str, Part], stored: Mapping[str, Any], parameters: Mapping[str, Tensor]
+) -> tuple[LoadReport, list[str], list[str]]:
+    """How each stored tensor would be loaded; and those that cannot be, by their shape and by their type."""
+    report, reshaped, quantised = LoadReport(), [], []
+    for name, part in sorted(wanted.items()):
+        shape, kind = torch.Size(stored[name].get_shape()), stored[name].get_dtype()
+        if kind not in _FLOAT_TYPES:
+            quantised.append(f"{name} is {kind}")
+            continue
+        report.dtypes[_FLOAT_TYPES[kind]] = report.dtypes.get(_FLOAT_TYPES[kind], 0) + 1
+        if part.shape != parameters[part.parameter].shape and shape == part.shape:
+            report.converted[part.parameter] = report.converted.get(part.parameter, 0) + 1
+        elif shape == part.shape:
+            report.loaded.append(name)
+        elif _may_grow(name) and shape[0] < part.shape[0] and shape[1:] == part.shape[1:]:
+            report.grown.append(name)
+        else:
+            reshaped.append(f"{name} is {list(shape)}, the model has {list(part.shape)}")
+    return report, reshaped, quantised
 
 
 def _open_tensors(files: dict[str, Path]) -> dict[str, Any]:
@@ -191,35 +212,40 @@ def _equal(one: Any, other: Any) -> bool:
         return False
     rows = one.get_shape()[0]
     return all(
-        torch.equal(one[start : start + 4096].float(), other[start : start + 4096].float())
-        for start in range(0, rows, 4096)
+        torch.equal(one[start : start + _ROWS].float(), other[start : start + _ROWS].float())
+        for start in range(0, rows, _ROWS)
     )
 
 
 @torch.no_grad()
-def _copy_local(parameter: Tensor, stored: object, *, rows: int) -> None:
-    """Copy this rank's part of a stored tensor; rows the checkpoint lacks become the mean of those it has."""
+def _copy_local(parameter: Tensor, stored: Any, part: Part) -> None:
+    """Copy what this rank keeps of a stored tensor; rows the checkpoint lacks become the mean of those it has."""
     if isinstance(parameter, DTensor):
         local = parameter.to_local()
-        shape, offset = compute_local_shape_and_global_offset(
+        sizes, starts = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
     else:
-        local, shape, offset = parameter, tuple(parameter.shape), (0,) * parameter.ndim
+        local, sizes, starts = parameter, tuple(parameter.shape), (0,) * parameter.ndim
     if local.numel() == 0:
         return  # more ranks than rows: nothing of this tensor lives here
-    known = max(0, min(rows, offset[0] + shape[0]) - offset[0])
-    index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    if known:
-        first = slice(offset[0], offset[0] + known)
-        local[:known].copy_(stored[(first, *index[1:])])  # type: ignore[index]
-    if known < shape[0]:
-        mean = torch.zeros(shape[1:], dtype=torch.float64)
-        for start in range(
-            0, rows, 4096
-        ):  # streamed: the whole embedding need not fit beside its shard
-            mean += stored[start : min(start + 4096, rows)].double().sum(0)  # type: ignore[index]
-        local[known:].copy_(mean / rows)
+    into, out_of = [], []
+    rows = stored.get_shape()[0]
+    grown = part.shape == parameter.shape and rows < part.shape[0]
+    box = (slice(0, rows), *part.box[1:]) if grown else part.box
+    for side, start, size in zip(box, starts, sizes, strict=True):
+        low, high = max(side.start, start), min(side.stop, start + size)
+        into.append(slice(low - start, high - start))
+        out_of.append(slice(low - side.start, high - side.start))
+    if all(side.start < side.stop for side in into):
+        # One expert is stored without the dimension that counts them. Cast on the device: half the bytes travel.
+        local[tuple(into)].copy_(stored[tuple(out_of[-len(part.shape) :])].to(local.device))
+    if grown and rows < starts[0] + sizes[0]:
+        mean = torch.zeros(sizes[1:], dtype=torch.float64)
+        columns = tuple(out_of[1:])
+        for start in range(0, rows, _ROWS):  # the whole embedding need not fit beside its shard
+            mean += stored[(slice(start, min(start + _ROWS, rows)), *columns)].double().sum(0)
+        local[max(0, rows - starts[0]) :].copy_(mean / rows)
 
 
 def _open(path: Path):

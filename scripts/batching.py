@@ -27,7 +27,7 @@ MICRO_BATCH_TOKENS = 4096
 
 
 def batch_sizes(config: TrainConfig, world_size: int) -> tuple[int, int, int]:
-    """`micro_batch_size`, `global_batch_size` and `grad_accum_steps`.
+    """`micro_batch_size`, `global_batch_size` and `grad_accum_steps` on so many data-parallel ranks.
 
     Raises:
         TrainError: the global batch is no whole number of micro-batches on every rank.
@@ -58,7 +58,7 @@ def open_batches(
     training: bool = True,
 ) -> PackedBatches:
     """This rank's micro-batches: of training from a sample on, or of evaluation once through."""
-    config, world_size = job.config, job.ranks.world_size
+    config, world_size = job.config, job.data_rank.size
     if not training:
         end_sample: int | None = len(mixture)
     elif config.steps is None:
@@ -73,7 +73,7 @@ def open_batches(
         pad_token_id=tokenizer.pad_token_id,
         seed=config.seed,
         shuffle=training,
-        rank=job.ranks.rank,
+        rank=job.data_rank.rank,
         world_size=world_size,
         global_batch_size=job.global_batch_size if training else job.micro_batch_size * world_size,
         start_sample=start_sample,
@@ -109,13 +109,13 @@ def order_of_samples(
 def open_stream(
     job: Job, tokenizer: PreTrainedTokenizerBase, states: list[dict[str, int]] | None
 ) -> StreamedBatches:
-    """This rank's micro-batches of a stream; `states` are those of all ranks at a checkpoint."""
-    config, ranks, stream = job.config, job.ranks, job.prepared["stream"]
+    """This rank's micro-batches of a stream; `states` are those of all data-parallel ranks at a checkpoint."""
+    config, ranks, stream = job.config, job.data_rank, job.prepared["stream"]
     # Another number of ranks is refused by any of the states, since each names it.
     state = states[min(ranks.rank, len(states) - 1)] if states else None
     data = replace(config.data, format=stream["format"], revision=stream["commit"])
     return StreamedBatches(
-        partial(stream_rows_of_rank, data, job.cache_dir, ranks.world_size, ranks.rank),
+        partial(stream_rows_of_rank, data, job.cache_dir, ranks.size, ranks.rank),
         tokenizer,
         data,
         name=stream["name"],
@@ -123,14 +123,19 @@ def open_stream(
         pad_token_id=tokenizer.pad_token_id,
         seed=config.seed,
         rank=ranks.rank,
-        world_size=ranks.world_size,
+        world_size=ranks.size,
         state=state,
     )
 
 
-def total_ledger(batches: StreamedBatches) -> Ledger:
+def gather_data(job: Job, value: Any) -> list[Any]:
+    """The values of all data-parallel ranks, in their order, on every rank."""
+    return gather(value)[:: job.ranks.world_size // job.data_rank.size]
+
+
+def total_ledger(job: Job, batches: StreamedBatches) -> Ledger:
     """What all ranks have read of a stream."""
     total = Ledger()
-    for ledger in gather(batches.ledger):
+    for ledger in gather_data(job, batches.ledger):
         total.add(ledger)
     return total

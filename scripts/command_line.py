@@ -154,6 +154,8 @@ _AT_LEAST: dict[str, float] = {
     "data.prepare_workers": 0,
     "data.workers": 0,
     "parallel.dp_replicate": 1,
+    "parallel.cp": 1,
+    "parallel.tp": 1,
     "parallel.min_wrap_params": 1,
     "parallel.checkpoint_every": 1,
     "parallel.prefetch_layers": 0,
@@ -494,6 +496,7 @@ def validate(config: TrainConfig) -> None:
         "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing "
         "recomputes: keep one of them",
     )
+    require(config.parallel.cp == 1, "--parallel.cp is not supported yet: leave it at 1")
     keep = config.parallel.reshard_after_forward
     require(
         isinstance(keep, bool) or keep >= 2,

@@ -11,6 +11,7 @@ import torch
 from scripts.config import TrainConfig
 from trainer.crashes import Attempt
 from trainer.distributed import Ranks
+from trainer.parallel import DataRank
 from trainer.preemption import StopRequest
 
 
@@ -22,6 +23,7 @@ class Job:
     cache_dir: Path
     output_dir: Path
     ranks: Ranks
+    data_rank: DataRank
     stop: StopRequest
     attempt: Attempt
     device: torch.device

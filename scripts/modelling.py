@@ -27,6 +27,7 @@ from models.build import (
 from models.causal_lm import PackedCausalLM
 from models.export import export_model, staged, write_model_files
 from models.generation import generate_answers
+from models.layers import sparse_layers
 from models.weights import LoadReport, load_weights
 from scripts.batching import open_batches
 from scripts.job import Job
@@ -36,8 +37,8 @@ from scripts.preparation import (
 )
 from trainer.config import ParallelConfig
 from trainer.distributed import raise_together
-from trainer.loop import evaluate_loss
-from trainer.loss import causal_lm_loss
+from trainer.loop import LossFunction, evaluate_loss
+from trainer.loss import causal_lm_loss, routed_causal_lm_loss
 from trainer.parallel import DTYPES, parallelise
 
 
@@ -80,6 +81,18 @@ def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> No
     )
 
 
+def training_loss(model: PackedCausalLM) -> LossFunction:
+    """Cross-entropy, and for a mixture of experts also the loss that balances them."""
+    hf_config = model.hf.config
+    if not sparse_layers(hf_config):
+        return causal_lm_loss
+    return partial(
+        routed_causal_lm_loss,
+        experts_per_token=hf_config.num_experts_per_tok,
+        aux_loss_coef=hf_config.router_aux_loss_coef,
+    )
+
+
 def judge_first_loss(
     job: Job,
     model: PackedCausalLM,
@@ -98,7 +111,9 @@ def judge_first_loss(
     if not first_loss_counts(job.config.model.check_first_loss, parameters):
         return micro_batches
     first = list(islice(micro_batches, job.grad_accum_steps))
-    loss = evaluate_loss(model, first, loss_fn=causal_lm_loss, device=job.device)
+    loss = evaluate_loss(
+        model, first, loss_fn=causal_lm_loss, device=job.device, parallel=job.config.parallel
+    )
     vocab_size = model.hf.config.vocab_size
     check_first_loss(loss, vocab_size=vocab_size)
     say(f"first loss {loss:.2f}; a guess costs {math.log(vocab_size):.2f}")
@@ -121,7 +136,14 @@ def evaluate_model(
         for source in job.prepared["evaluation"]
     ]
     batches = open_batches(job, mix(sources), tokenizer, training=False)
-    loss = evaluate_loss(model, batches, loss_fn=causal_lm_loss, device=job.device, stop=job.stop)
+    loss = evaluate_loss(
+        model,
+        batches,
+        loss_fn=causal_lm_loss,
+        device=job.device,
+        parallel=config.parallel,
+        stop=job.stop,
+    )
     if job.stop.agreed():
         return {}
     values = {"eval_loss": loss}
@@ -133,6 +155,7 @@ def evaluate_model(
             [prompt for prompt, _ in asked],
             max_new_tokens=config.evaluation.max_new_tokens,
             device=job.device,
+            copies=job.ranks.world_size // job.data_rank.size,
         )
         model.reshard()  # type: ignore[operator]  # a method of FSDP modules
         right = sum(
@@ -176,6 +199,7 @@ def export(
             is_writer=job.ranks.is_first,
             source=Path(job.prepared["model"]) if job.prepared["model"] else None,
             card=partial(model_card, job.output_dir, step),
+            verify=job.config.checkpoint.verify_export,
         )
     except (OSError, ValueError) as reason:
         error = str(reason)

@@ -23,7 +23,7 @@ from data.prepare import Task, prepare_tokens, tokenizer_key
 from data.sources import Row, hub_commit, load_rows, shown_url, stream_rows
 from data.store import open_packed, open_tokens, prepare_packs
 from data.streaming import stream_format
-from models.build import check_fits, read_model_config
+from models.build import check_fits, check_packing, read_model_config
 from models.errors import ModelError
 from models.hub import check_snapshot, fetch_model
 from models.tokenizer import load_tokenizer
@@ -31,9 +31,17 @@ from scripts.config import TrainConfig
 
 
 def prepare(
-    config: TrainConfig, cache_dir: Path, *, to_train: bool = True, world_size: int = 1
+    config: TrainConfig,
+    cache_dir: Path,
+    *,
+    to_train: bool = True,
+    world_size: int = 1,
+    device_type: str | None = None,
 ) -> dict[str, Any]:
     """Bring model and data to this machine, turn rows into tokens and pack them; one process of a node does it.
+
+    `device_type` is where this machine will train, if it will: packing that the model cannot be trained
+    on there is refused before a row is read.
 
     Without `to_train` it brings what decides the training tokens: no held-out rows, and no weights
     (unless the tokenizer is another model's: then the model's own folder may hold none).
@@ -46,7 +54,9 @@ def prepare(
     Raises:
         DataError, ModelError: what the user can mend.
     """
-    prepared = prepare_model(config, cache_dir, only_tokenizer=not to_train)
+    prepared = prepare_model(
+        config, cache_dir, only_tokenizer=not to_train, device_type=device_type
+    )
     tokenizer = read_tokenizer(config, cache_dir, prepared["tokenizer"])
     sources = source_configs(config.data)
     if config.data.streaming:
@@ -65,7 +75,11 @@ def prepare(
 
 
 def prepare_model(
-    config: TrainConfig, cache_dir: Path, *, only_tokenizer: bool = False
+    config: TrainConfig,
+    cache_dir: Path,
+    *,
+    only_tokenizer: bool = False,
+    device_type: str | None = None,
 ) -> dict[str, Any]:
     """The model's and the tokenizer's part of `prepare`."""
     chosen, model_folder, model_commit = config.model, None, None
@@ -101,11 +115,10 @@ def prepare_model(
             chosen.tokenizer, revision=None, cache_dir=cache_dir, only_tokenizer=True
         ).path
     tokenizer = read_tokenizer(config, cache_dir, str(tokenizer_folder))
-    check_fits(
-        read_model_config(chosen, model_folder, tokenizer),
-        tokenizer,
-        seq_len=config.data.seq_len,
-    )
+    hf_config = read_model_config(chosen, model_folder, tokenizer)
+    check_fits(hf_config, tokenizer, seq_len=config.data.seq_len)
+    if device_type is not None:
+        check_packing(hf_config, packing=config.data.packing, device_type=device_type)
     return {
         "model": str(model_folder) if model_folder else None,
         "model_commit": model_commit,

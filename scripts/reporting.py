@@ -20,7 +20,7 @@ from models.weights import LoadReport
 from scripts.command_line import printable, to_yaml
 from scripts.ledger import anything_left_out, ledger_table
 from trainer.loop import Progress
-from trainer.parallel import precision_table
+from trainer.parallel import mesh_sizes, precision_table
 
 if TYPE_CHECKING:
     from scripts.job import Job
@@ -36,6 +36,7 @@ def header(
 ) -> str:
     """A calm table of what is about to run."""
     config, world_size = job.config, job.ranks.world_size
+    sizes = mesh_sizes(config.parallel, world_size=world_size)
     parameters = sum(p.numel() for p in model.parameters())
     seq_len = config.data.seq_len
     precision = precision_table(
@@ -52,9 +53,16 @@ def header(
             else data_rows(mixture, seq_len)
         ),
         "run": f"{steps:,} steps of {job.global_batch_size} rows "
-        f"({job.micro_batch_size} x {world_size} ranks x {job.grad_accum_steps} accumulated)"
+        f"({job.micro_batch_size} x {job.data_rank.size} {'data-parallel ' * (job.data_rank.size < world_size)}"
+        f"ranks x {job.grad_accum_steps} accumulated)"
         + (f", {steps * job.global_batch_size / len(mixture):.1f} epochs" if mixture else ""),
-        "ranks": f"{world_size} on {device_name(job.device)}" + (" each" if world_size > 1 else ""),
+        "ranks": f"{world_size} on {device_name(job.device)}"
+        + (" each" if world_size > 1 else "")
+        + (
+            f", {' x '.join(f'{name} {size}' for name, size in sizes.items() if size > 1)}"
+            if job.data_rank.size < world_size
+            else ""
+        ),
         "precision": ", ".join(
             f"{what} {how}"
             for what, how in precision.items()

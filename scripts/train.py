@@ -66,7 +66,9 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
     except (CommandLineError, DataError, ModelError, TrainError) as error:
         from trainer.distributed import claim_report, leave, meet
 
-        if stop.signal is not None:  # a rank that ends takes the others with it
+        lost = isinstance(error, PeerLostError)
+        # A launcher ends the ranks that have lost one; otherwise what follows a signal follows from it.
+        if stop.signal is not None and not (lost and attempt is not None and attempt.step):
             raise Stopped(stop.signal) from None
         if attempt is not None:
             attempt.record(error, final=not isinstance(error, TransientError))
@@ -74,7 +76,7 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
             ranks = ranks or meet()
             if claim_report(ranks):
                 print(f"train.py: error: {error}", file=sys.stderr, flush=True)
-            if not isinstance(error, PeerLostError):  # nobody to wait for
+            if not lost:  # then nobody is there to wait for
                 leave(ranks)
         return 2 if isinstance(error, CommandLineError) else 1
     except Exception as error:

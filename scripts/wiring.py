@@ -20,7 +20,14 @@ from models.build import (
 )
 from models.flops import training_flops
 from scripts import reporting
-from scripts.batching import batch_sizes, open_batches, open_stream, order_of_samples, total_ledger
+from scripts.batching import (
+    batch_sizes,
+    gather_data,
+    open_batches,
+    open_stream,
+    order_of_samples,
+    total_ledger,
+)
 from scripts.config import TrainConfig, output_folder
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
 from scripts.job import Job
@@ -30,6 +37,7 @@ from scripts.modelling import (
     export,
     judge_first_loss,
     save_model_files,
+    training_loss,
 )
 from scripts.preparation import (
     open_mixture,
@@ -39,17 +47,16 @@ from scripts.preparation import (
 )
 from trainer.checkpoint import Checkpointer, complete_checkpoints
 from trainer.crashes import Attempt
-from trainer.distributed import Ranks, gather, max_over_ranks, once, raise_together, start
+from trainer.distributed import Ranks, max_over_ranks, once, raise_together, start
 from trainer.errors import PeerLostError, TrainError
 from trainer.goodput import Goodput, goodput_table
 from trainer.guards import Guards, explain
 from trainer.hardware import choose_device, configure, peak_flops
 from trainer.loop import Progress, Speedometer, train
-from trainer.loss import causal_lm_loss
 from trainer.metrics import MetricsWriter
 from trainer.optimizer import build_optimizer, learning_rate_at
 from trainer.output import clear_preempted, mark_preempted, sole_writer
-from trainer.parallel import DTYPES, build_mesh
+from trainer.parallel import DTYPES, build_mesh, data_rank
 from trainer.preemption import Stopped, StopRequest, end_stopped_siblings
 from trainer.watchdog import Watchdog
 
@@ -69,14 +76,15 @@ def run(
     device_type = choose_device(config.device, local_world_size=ranks.local_world_size)
     output_dir = output_folder(config)
     configure(device_type, local_world_size=ranks.local_world_size, output_dir=output_dir)
-    micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, ranks.world_size)
+    data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
+    micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
     pinned = pin_revisions(config, output_dir)
     with ExitStack() as held:
 
         def prepare_alone() -> dict[str, Any]:
             if ranks.is_first and not config.dry_run:
                 held.enter_context(sole_writer(output_dir))
-            return prepare(pinned, cache_dir, world_size=ranks.world_size)
+            return prepare(pinned, cache_dir, world_size=data.size, device_type=device_type)
 
         # One rank of a node, or of all nodes that share the cache, downloads and tokenises. The process group, whose collectives time out, comes after.
         prepared = once(ranks, "prepare", prepare_alone, shared_folder=cache_dir)
@@ -87,6 +95,7 @@ def run(
             cache_dir=cache_dir,
             output_dir=output_dir,
             ranks=ranks,
+            data_rank=data,
             stop=stop,
             attempt=attempt,
             device=device,
@@ -114,7 +123,8 @@ def _run(job: Job) -> int:
 
     mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
-    torch.manual_seed(config.seed + ranks.rank)  # what a model draws while training differs by rank
+    # What a model draws while training differs by rank, but not on ranks that compute together.
+    torch.manual_seed(config.seed + ranks.rank // config.parallel.tp)
     optimizer = build_optimizer(
         model,
         config.optimizer,
@@ -134,7 +144,7 @@ def _run(job: Job) -> int:
     def save(now: Progress) -> None:
         state: dict[str, Any] = {"samples": now.samples, "order": order}
         if isinstance(batches, StreamedBatches):
-            state["stream"] = gather(batches.state)
+            state["stream"] = gather_data(job, batches.state)
         checkpointer.save(now.step, state)
 
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_first else lambda _: None
@@ -192,7 +202,7 @@ def _run(job: Job) -> int:
             model,
             optimizer,
             micro_batches,
-            loss_fn=causal_lm_loss,
+            loss_fn=training_loss(model),
             learning_rate=partial(
                 learning_rate_at,
                 steps=steps,
@@ -228,11 +238,12 @@ def _run(job: Job) -> int:
                 flops=partial(training_flops, model.hf.config),
                 peak_flops=None if peak is None else peak * ranks.world_size,
             ),
+            parallel=config.parallel,
         )
         with goodput.measure("checkpoint"):
             checkpointer.wait()
     if isinstance(batches, StreamedBatches):
-        ledger = total_ledger(batches)
+        ledger = total_ledger(job, batches)
         raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
         say(reporting.stream_line(job, ledger))
     try:
@@ -279,7 +290,7 @@ def resume(
     """Continue from a checkpoint if there is one to continue from.
 
     Returns:
-        How far it was, and of a stream the state of each rank.
+        How far it was, and of a stream the state of each data-parallel rank.
 
     Raises:
         TrainError: `--resume never` would mix two runs; or the checkpoint counts samples in another order.

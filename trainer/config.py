@@ -14,7 +14,13 @@ class ParallelConfig:
     """Data-parallel replicas of the sharded model; above 1 with dp_shard above 1 is hybrid sharding (HSDP)."""
 
     dp_shard: int = -1
-    """Ranks that share one copy of the parameters; -1 takes all that dp_replicate leaves."""
+    """Data-parallel ranks that share one copy of the parameters; -1 takes all that the other axes leave."""
+
+    cp: int = 1
+    """Context parallelism: ranks that share the tokens of one packed row, and its copy of the parameters with the dp_shard ranks."""
+
+    tp: int = 1
+    """Tensor parallelism: neighbouring ranks that share the heads and the width of each layer and work on the same rows."""
 
     wrap_policy: str = "transformer"
     """Which modules FSDP shards as one group: transformer (the decoder layers), size, module:ClassA,ClassB (classes of the model), or callable:package.function."""
@@ -120,6 +126,9 @@ class CheckpointConfig:
 
     export: bool = True
     """Write a Hugging Face model to OUTPUT_DIR/export at the end."""
+
+    verify_export: bool = True
+    """Read every file of the export again and compare it, by SHA-256, with what it should hold; costs one more read."""
 
 
 @dataclass(frozen=True)

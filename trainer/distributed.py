@@ -208,9 +208,9 @@ def start(
     return device
 
 
-def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Sums over all ranks, in float64."""
-    return _reduced(values, dist.ReduceOp.SUM)
+def sum_over_ranks(values: Sequence[float], *, copies: int = 1) -> list[float]:
+    """Sums over all ranks, in float64, of values that `copies` ranks at a time hold alike."""
+    return [total / copies for total in _reduced(values, dist.ReduceOp.SUM)]
 
 
 def max_over_ranks(values: Sequence[float]) -> list[float]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from trainer.config import OptimizerConfig
+from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.distributed import max_over_ranks, sum_over_ranks
 from trainer.guards import Guards
 from trainer.hardware import peak_memory_gib
@@ -22,6 +22,7 @@ from trainer.parallel import set_gradient_sync
 from trainer.preemption import StopRequest
 
 Batch = Mapping[str, Tensor]
+DATA_PARALLEL = ParallelConfig()
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -68,15 +69,17 @@ def train(
     stop: StopRequest,
     guards: Guards,
     speedometer: Speedometer,
+    parallel: ParallelConfig = DATA_PARALLEL,
 ) -> bool:
-    """Run steps `progress.step + 1` to `steps`; every rank calls this with its own batches.
+    """Run steps `progress.step + 1` to `steps`; every rank calls this with the batches of its data-parallel rank.
 
     Args:
         model: sharded (`trainer.parallel.parallelise`) or a plain module in a group of one rank.
         optimizer: over the model's parameters; its learning rate is set before every step.
         batches: this rank's micro-batches from `progress.samples` on. Each has, beside what the loss needs,
             `counts` [4] int64 on the host: real tokens, padding tokens, valid labels, squared document lengths.
-        loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the batch's valid labels.
+        loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the valid labels of this rank's tokens; see
+            `Window.add` for the metrics.
         learning_rate: pure function of the step.
         optimizer_config: clipping.
         progress: advanced in place.
@@ -95,6 +98,7 @@ def train(
         stop: polled once per step.
         guards: decide whether a step counts, and end a run that went wrong.
         speedometer: turns counts into `mfu_pct`.
+        parallel: of its axes, ranks along `cp` and `tp` have the same batches, those along `tp` also the same loss.
 
     Returns:
         True when everything was done, False when a stop was requested: then all steps up to it are saved.
@@ -103,7 +107,7 @@ def train(
         TrainError: too many steps in a row had a gradient that is not finite, or the ranks disagree.
     """
     batches = iter(batches)
-    window = Window(speedometer)
+    window = Window(speedometer, loss_copies=parallel.tp)
 
     for step in range(progress.step + 1, steps + 1):
         # The whole step's batches are fetched first: their token counts are the divisor of every loss in it.
@@ -112,25 +116,27 @@ def train(
         micro_batches = [next(batches) for _ in range(grad_accum_steps)]
         window.end_data_wait()
         counts = torch.stack([batch["counts"] for batch in micro_batches]).sum(0).tolist()
-        *counts, stop_votes = sum_over_ranks([*counts, stop.signal is not None])
+        *counts, stop_votes = sum_over_ranks(
+            [*counts, stop.signal is not None], copies=parallel.cp * parallel.tp
+        )
         valid_tokens = counts[2]
 
-        step_loss = torch.zeros((), dtype=torch.float32, device=device)
         for index, batch in enumerate(micro_batches):
             set_gradient_sync(model, last=index == grad_accum_steps - 1)
-            loss_sum, _metrics = loss_fn(model, to_device(batch, device))
-            # FSDP averages gradients over ranks; times the world size makes that the sum over ranks, and the global
-            # count makes it the mean over every valid token of the step, wherever it lies.
-            (loss_sum * (dist.get_world_size() / max(valid_tokens, 1))).backward()
-            step_loss += loss_sum.detach()
+            loss_sum, metrics = loss_fn(model, to_device(batch, device))
+            # FSDP averages gradients over all axes but tp; times their size makes that the sum over ranks, and the
+            # global count makes it the mean over every valid token of the step, wherever it lies.
+            scale = dist.get_world_size() / parallel.tp / max(valid_tokens, 1)
+            (loss_sum * scale).backward()
+            window.add({"loss": loss_sum, **metrics})
 
         grad_norm = clip_gradients(model.parameters(), optimizer_config.max_grad_norm)
-        if guards.accept(grad_norm, step_loss, micro_batches):  # alike on all ranks
+        if guards.accept(grad_norm, window.step_loss, micro_batches):  # alike on all ranks
             set_learning_rate(optimizer, learning_rate(step))
             optimizer.step()
         optimizer.zero_grad()
         progress.step, progress.samples = step, progress.samples + global_batch_size
-        seconds, data_wait_seconds = window.end_step(step_loss, counts)
+        seconds, data_wait_seconds = window.end_step(counts)
         advance(step, seconds, data_wait_seconds)
         guards.end_step(progress.samples, data_wait_seconds)
 
@@ -146,7 +152,7 @@ def train(
                     "loss_spikes": guards.count_spikes(window.losses),
                 }
             )
-            window = Window(speedometer)
+            window = Window(speedometer, loss_copies=parallel.tp)
         stopping = stop_votes > 0
         if (save_every and step % save_every == 0) or step == steps or stopping:
             save(progress)
@@ -166,13 +172,16 @@ class Window:
     """Sums over the steps since the last logged row. Nothing here waits for the device until `row`.
 
     Attributes:
+        step_loss: this rank's loss of the step that is under way, on the device.
         losses: of each step, the mean over its valid tokens on all ranks; known after `row`.
     """
 
-    def __init__(self, speedometer: Speedometer) -> None:
+    def __init__(self, speedometer: Speedometer, *, loss_copies: int) -> None:
         self._speedometer = speedometer
-        self.losses: list[float] = []
-        self._loss_sums: list[Tensor] = []
+        self._loss_copies = loss_copies
+        self.step_loss, self.losses = torch.zeros(()), list[float]()
+        self._sums: dict[str, Tensor] = {}
+        self._step_losses: list[Tensor] = []
         self._valid_tokens: list[float] = []
         self._counts = [0.0] * 4
         self._steps = 0
@@ -180,18 +189,29 @@ class Window:
 
     def begin_step(self) -> None:
         self._began = time.perf_counter()
+        self.step_loss = torch.zeros(())
 
     def end_data_wait(self) -> None:
         self._data_wait = time.perf_counter() - self._began
 
-    def end_step(self, loss_sum: Tensor, counts: Sequence[float]) -> tuple[float, float]:
-        """Take this rank's loss of the step and the step's counts over all ranks.
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Take sums over a micro-batch of this rank; the same names come from every rank, in the same order.
 
-        Returns:
-            Seconds of the step, and those of them spent waiting for data.
+        Args:
+            metrics: on the device. A scalar is a sum over valid tokens, logged as its mean; counts [..., bins]
+                are logged by how unevenly they fall on the bins (`unevenness`). What is named `loss` is logged
+                as the loss, in place of the sum that is differentiated.
         """
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            if name == "loss":
+                self.step_loss = value + self.step_loss
+
+    def end_step(self, counts: Sequence[float]) -> tuple[float, float]:
+        """Take the step's counts over all ranks; returns its seconds, and those spent waiting for data."""
         seconds = time.perf_counter() - self._began
-        self._loss_sums.append(loss_sum)
+        self._step_losses.append(self.step_loss)
         self._valid_tokens.append(counts[2])
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         self._steps += 1
@@ -201,9 +221,13 @@ class Window:
 
     def row(self, device: torch.device) -> dict[str, Any]:
         """Means and sums over all ranks and the steps of the window; `loss` is the mean over all valid tokens."""
-        loss_sums = sum_over_ranks(torch.stack(self._loss_sums).double().tolist())
-        pairs = zip(loss_sums, self._valid_tokens, strict=True)
-        self.losses = [loss_sum / max(count, 1) for loss_sum, count in pairs]
+        losses = torch.stack(self._step_losses)
+        sums = torch.cat([losses, *(value.flatten() for value in self._sums.values())])
+        totals = torch.tensor(
+            sum_over_ranks(sums.tolist(), copies=self._loss_copies), dtype=torch.float64
+        )
+        losses, totals = totals[: len(losses)], totals[len(losses) :]
+        self.losses = (losses / torch.tensor(self._valid_tokens).clamp(min=1)).tolist()
         # Steps end together, so the slowest rank's clock is the run's.
         seconds, data_wait, memory = max_over_ranks(
             [self._seconds, self._data_wait_seconds, peak_memory_gib(device)]
@@ -211,8 +235,15 @@ class Window:
         tokens, padding_tokens, valid_tokens, squared_lengths = self._counts
         flops = self._speedometer.flops(tokens, valid_tokens, squared_lengths)
         peak = self._speedometer.peak_flops
+        metrics: dict[str, float] = {}
+        sizes = [value.numel() for value in self._sums.values()]
+        for (name, value), total in zip(self._sums.items(), totals.split(sizes), strict=True):
+            if value.ndim == 0:
+                metrics[name] = float(total) / max(valid_tokens, 1)
+            else:
+                metrics |= unevenness(name, total.view(value.shape))
         return {
-            "loss": math.fsum(loss_sums) / max(valid_tokens, 1),
+            **metrics,
             "valid_tokens": int(valid_tokens),
             "tokens": int(tokens),
             "padding_tokens": int(padding_tokens),
@@ -225,6 +256,19 @@ class Window:
         }
 
 
+def unevenness(name: str, counts: Tensor) -> dict[str, float]:
+    """`NAME_max_ratio`, the fullest bin over the mean one, and `NAME_idle_pct`, the share of empty bins.
+
+    Args:
+        counts: [..., bins]; the ratio is that of the most uneven row.
+    """
+    ratio = (counts.amax(-1) / counts.mean(-1)).max()
+    return {
+        f"{name}_max_ratio": float(ratio),
+        f"{name}_idle_pct": 100 * float((counts == 0).double().mean()),
+    }
+
+
 @torch.no_grad()
 def evaluate_loss(
     model: nn.Module,
@@ -232,24 +276,26 @@ def evaluate_loss(
     *,
     loss_fn: LossFunction,
     device: torch.device,
+    parallel: ParallelConfig = DATA_PARALLEL,
     stop: StopRequest | None = None,
 ) -> float:
     """Mean loss per valid token over all batches of all ranks; the same for any number of ranks.
 
-    Every rank must bring the same number of batches; one with nothing left brings padding. When `stop`
-    is requested meanwhile it ends early, and the value means nothing.
+    Every rank must bring the same number of batches; one with nothing left brings padding. Of `parallel`, see `train`.
+    When `stop` is requested meanwhile it ends early, and the value means nothing.
     """
     was_training = model.training
     model.eval()
     loss, valid = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
-        loss_sum, _metrics = loss_fn(model, to_device(batch, device))
-        loss += loss_sum.double().cpu()
+        loss_sum, metrics = loss_fn(model, to_device(batch, device))
+        loss += metrics.get("loss", loss_sum).double().cpu()
         valid += int(batch["counts"][2])
         if stop is not None and stop.agreed():
             break
     model.train(was_training)
     if isinstance(model, FSDPModule):
         model.reshard()  # without a backward nobody frees the root's gathered parameters
-    loss_sum, valid_tokens = sum_over_ranks([float(loss), valid])
+    (loss_sum,) = sum_over_ranks([float(loss)], copies=parallel.tp)
+    (valid_tokens,) = sum_over_ranks([valid], copies=parallel.cp * parallel.tp)
     return loss_sum / max(valid_tokens, 1)

@@ -1,14 +1,14 @@
-"""Losses: `loss_fn(model, batch) -> (loss_sum, metrics)`, a *sum* over valid tokens.
+"""Losses: `loss_fn(model, batch) -> (loss_sum, metrics)`, a *sum* over valid tokens, and what to log beside it.
 
 The loop divides by the number of valid tokens of the whole step, over all ranks and micro-batches; a mean taken here
-would weight a short row like a long one.
+would weight a short row like a long one. What metrics may be: docs/metrics.md.
 
 Shapes: B rows, S tokens a row, D model width, V vocabulary, N valid tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,74 @@ def causal_lm_loss(
         batch: `labels` [B, S], already shifted: the label at a position is the token that follows it; and
             `label_positions` [N], the places in B * S that have a label.
     """
+    return model(batch, _cross_entropy_head(batch)), {}
+
+
+def routed_causal_lm_loss(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    experts_per_token: int,
+    aux_loss_coef: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`causal_lm_loss` of a mixture of experts, plus `aux_loss_coef` times the load-balancing loss of its routers.
+
+    The load-balancing loss is taken row by row and weighted by the row's valid tokens, so it is a sum over
+    valid tokens like the cross-entropy, and no number of ranks or micro-batches changes it.
+
+    Args:
+        model: called as `model(batch, head, router_logits=True)`; returns what `head` returned and a tuple
+            of the routers' logits, [B * S, experts] of each layer.
+        batch: as for `causal_lm_loss`, and `row_tokens` [B], the real tokens at the start of each row.
+        experts_per_token: the experts a token is sent to.
+        aux_loss_coef: weight of the load-balancing loss.
+
+    Returns:
+        The weighted sum, and the metrics `loss` (the cross-entropy alone), `router_aux_loss` and
+        `expert_load` [layers, experts], the real tokens that each expert was sent.
+    """
+    cross_entropy, router_logits = model(batch, _cross_entropy_head(batch), router_logits=True)
+    row_losses, load = load_balancing_loss(router_logits, batch["row_tokens"], experts_per_token)
+    auxiliary = (row_losses * (batch["labels"] != IGNORE_INDEX).sum(1)).sum()
+    metrics = {"loss": cross_entropy, "router_aux_loss": auxiliary, "expert_load": load}
+    return cross_entropy + aux_loss_coef * auxiliary, metrics
+
+
+def load_balancing_loss(
+    router_logits: Sequence[Tensor], row_tokens: Tensor, experts_per_token: int
+) -> tuple[Tensor, Tensor]:
+    """How unevenly each row's tokens fall on the experts: the auxiliary loss of the Switch Transformer
+    (https://arxiv.org/abs/2101.03961, equations 4 to 6) over all layers together, as transformers computes it.
+
+    E experts times the sum over them of the share of tokens sent to one times its mean probability; as many as
+    `experts_per_token` where the load is even. Padding counts for nothing.
+
+    Args:
+        router_logits: [B * S, E] of each layer.
+        row_tokens: [B] int64, the real tokens at the start of each row; 0 for a row of padding, whose loss is 0.
+        experts_per_token: the experts with the largest logits, to which a token is sent.
+
+    Returns:
+        The loss of each row, [B] fp32, and how many real tokens each expert was sent, [layers, E] fp32.
+    """
+    rows, experts = len(row_tokens), router_logits[0].shape[1]
+    places = torch.arange(len(router_logits[0]) // rows, device=row_tokens.device)
+    real = (places < row_tokens.unsqueeze(1)).float().unsqueeze(-1)  # [B, S, 1]
+    sent, probability, load = 0, 0, []
+    for logits in router_logits:
+        probabilities = logits.float().softmax(-1).unflatten(0, (rows, -1))
+        chosen = probabilities.topk(experts_per_token).indices
+        counts = real.new_zeros(rows, experts).scatter_add_(
+            1, chosen.flatten(1), real.expand_as(chosen).flatten(1)
+        )
+        sent = sent + counts
+        probability = probability + (probabilities * real).sum(1)
+        load.append(counts.sum(0))
+    tokens = (len(router_logits) * row_tokens).clamp(min=1).unsqueeze(1)
+    return experts * (sent / tokens * (probability / tokens)).sum(1), torch.stack(load)
+
+
+def _cross_entropy_head(batch: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     positions = batch["label_positions"]
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -37,7 +105,7 @@ def causal_lm_loss(
         targets = batch["labels"].flatten().index_select(0, positions)
         return linear_cross_entropy_sum(valid, weight, targets)
 
-    return model(batch, head), {}
+    return head
 
 
 def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ compiled, and parameter names never change.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,30 +43,65 @@ WrapPolicy = Callable[..., bool]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> DeviceMesh:
-    """Mesh of the axes `dp_replicate` and `dp_shard`, whose product is the world size.
+@dataclass(frozen=True)
+class DataRank:
+    """Which part of the data a rank works on. Ranks that differ along `cp` and `tp` only work on the same rows."""
+
+    rank: int
+    size: int
+
+
+def data_rank(config: ParallelConfig, *, rank: int, world_size: int) -> DataRank:
+    """The place of `rank` along `dp_replicate` and `dp_shard`; raises as `mesh_sizes`."""
+    sizes = mesh_sizes(config, world_size=world_size)
+    return DataRank(
+        rank // (sizes["cp"] * sizes["tp"]), size=sizes["dp_replicate"] * sizes["dp_shard"]
+    )
+
+
+def mesh_sizes(config: ParallelConfig, *, world_size: int) -> dict[str, int]:
+    """Ranks along the axes `dp_replicate`, `dp_shard`, `cp` and `tp`, the last one changing fastest.
 
     Raises:
-        TrainError: it is not, or `reshard_after_forward` is a number that does not divide `dp_shard`.
+        TrainError: their product is not the world size, or `reshard_after_forward` is a number that does not divide
+            the ranks that share a copy of the parameters.
     """
-    replicate, shard = config.dp_replicate, config.dp_shard
-    if shard == -1:
-        shard = world_size // max(replicate, 1)
-    if replicate < 1 or shard < 1 or replicate * shard != world_size:
+    sizes = {name: getattr(config, name) for name in ("dp_replicate", "dp_shard", "cp", "tp")}
+    if config.dp_shard == -1:
+        sizes["dp_shard"] = world_size // max(config.dp_replicate * config.cp * config.tp, 1)
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != world_size:
+        axes = " x ".join(f"parallel.{name} {getattr(config, name)}" for name in sizes)
         raise TrainError(
-            f"parallel.dp_replicate {config.dp_replicate} x parallel.dp_shard {config.dp_shard} does not make "
-            f"{world_size} ranks; --parallel.dp_shard -1 takes what dp_replicate leaves"
+            f"{axes} does not make {world_size} ranks; "
+            "--parallel.dp_shard -1 takes what the others leave, if they divide the ranks"
         )
-    keep = config.reshard_after_forward
+    keep, shard = config.reshard_after_forward, sizes["dp_shard"] * sizes["cp"]
     if not isinstance(keep, bool) and (keep < 2 or shard % keep):
         divisors = [str(n) for n in range(2, shard) if shard % n == 0]
         raise TrainError(
-            f"parallel.reshard_after_forward {keep} does not divide the {shard} ranks of parallel.dp_shard; "
-            f"use {', '.join([*divisors, 'true'])} or false"
+            f"parallel.reshard_after_forward {keep} does not divide the {shard} ranks of parallel.dp_shard"
+            f"{' x parallel.cp' * (config.cp > 1)}; use {', '.join([*divisors, 'true'])} or false"
         )
-    return init_device_mesh(
-        device_type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard")
-    )
+    return sizes
+
+
+def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> DeviceMesh:
+    """Mesh of the axes of `mesh_sizes`; raises as that does."""
+    sizes = mesh_sizes(config, world_size=world_size)
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes of FSDP: parameters are sharded over the last, and replicated over the first of two.
+
+    Ranks along `cp` share the parameters like those along `dp_shard`: all of them reduce gradients together.
+    """
+    shard = "dp_shard"
+    if mesh["cp"].size() > 1:
+        shard = "dp_shard_cp"
+        mesh["dp_shard", "cp"]._flatten(shard)
+    # A mesh of (1, n) must not all-reduce over a single replica.
+    return mesh[shard] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", shard]
 
 
 def wrap_policy(
@@ -217,12 +253,11 @@ def parallelise(
     on_gpu = mesh.device_type == "cuda"
     # Pinned memory is copied while the GPU computes.
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
-    # A mesh of (1, n) must not all-reduce over a single replica.
-    mesh = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh
+    shards = fsdp_mesh(mesh)
     for group in groups:
         fully_shard(
             group,
-            mesh=mesh,
+            mesh=shards,
             mp_policy=precision,
             # Backward needs the root's parameters at once: freeing them after forward would only gather them twice.
             reshard_after_forward=False if group is model else config.reshard_after_forward,

@@ -121,6 +121,8 @@ def test_the_report_accounts_for_every_tensor(tmp_path: Path) -> None:
         == json.loads(json.dumps(summary))
         == {
             "loaded": count - 1,
+            "converted": {},
+            "initialised": [],
             "tied": ["lm_head.weight"],
             "grown": ["model.embed_tokens.weight"],
             "unused": rotary,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmark import NO_TRL, main
+from scripts.benchmark import main
+from scripts.benchmarks.data import NO_TRL
 
 
 def test_data_without_trl(

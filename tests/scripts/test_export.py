@@ -16,13 +16,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import models.export
 from data.embedded import build_tokenizer
 from models.build import build_model
 from models.errors import ModelError
-from models.export import staged, verify_export, write_model_files, write_weights
+from models.export import export_model, staged, write_model_files
 from models.weights import export_tensors
 from scripts import generate
 from scripts.export import main
@@ -82,7 +82,7 @@ def test_the_bytes_are_those_of_the_run_itself(
     folder = tmp_path / "export"
     assert main([str(run.output_dir), str(folder), "--dtype=float32"]) == 0
     printed = capsys.readouterr()
-    assert "of step-00000004" in printed.out and "compared with the checkpoint" in printed.out
+    assert "of step-00000004" in printed.out and "read again and compared" in printed.out
     assert printed.err == ""
     found, expected = _contents(folder), _contents(run.output_dir / "export")
     assert set(found) == set(expected)
@@ -196,53 +196,68 @@ def test_generate_answers_from_a_checkpoint_as_from_its_export(
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def _written(folder: Path) -> Callable[[str], torch.Tensor]:
-    """A small export, and what reads its originals."""
-    model = tiny_model(vocab_size=512)
-    tensors = export_tensors(model)
-    folder.mkdir()
-    write_weights(
-        folder, tensors, tensors.__getitem__, dtype=torch.bfloat16, max_shard_bytes=20_000
-    )
-    write_model_files(folder, model, build_tokenizer(), dtype=torch.bfloat16, source=None)
-    return lambda name: tensors[name].detach()
+@pytest.fixture
+def bad_disk(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[bytearray], None]]:
+    """What the disk does to files between being written and being read again."""
+    changes: list[Callable[[bytearray], None]] = []
+    sync = models.export._sync
 
+    def broken(path: Path, *, forget: bool = False) -> None:
+        sync(path, forget=forget)
+        if forget and changes and path.name.startswith("model-00002-of-"):
+            content = bytearray(path.read_bytes())
+            changes[0](content)
+            path.write_bytes(content)
 
-def test_verification_finds_a_bit_a_missing_file_and_another_shape(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    monkeypatch.setattr(models.export, "_sync", broken)
     monkeypatch.setattr(models.export, "_BLOCK_BYTES", 1000)  # tensors of several blocks
-    folder = tmp_path / "export"
-    read = _written(folder)
-    assert verify_export(folder, read, dtype=torch.bfloat16) == len(export_tensors(tiny_model()))
+    return changes
 
-    file = sorted(folder.glob("*.safetensors"))[1]
-    content = file.read_bytes()
-    for position in (-1, -len(content) // 2):
-        flipped = bytearray(content)
-        flipped[position] ^= 1
-        file.write_bytes(flipped)
-        with pytest.raises(ModelError, match="not the checkpoint: 1 of"):
-            verify_export(folder, read, dtype=torch.bfloat16)
-    file.write_bytes(content[:-2])
-    with pytest.raises(ModelError, match="not written whole"):
-        verify_export(folder, read, dtype=torch.bfloat16)
-    file.unlink()
-    with pytest.raises(ModelError, match="lacks"):
-        verify_export(folder, read, dtype=torch.bfloat16)
-    file.write_bytes(content)
-    with pytest.raises(ModelError, match="not the checkpoint"):
-        verify_export(folder, read, dtype=torch.float32)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
-    with pytest.raises(ModelError, match="mlp"):
-        verify_export(folder, read, dtype=torch.bfloat16)
+
+def _flip(position: int) -> Callable[[bytearray], None]:
+    def change(content: bytearray) -> None:
+        content[position] ^= 1
+
+    return change
+
+
+def test_what_the_disk_changes_is_found(
+    tmp_path: Path, bad_disk: list[Callable[[bytearray], None]]
+) -> None:
+    model, tokenizer, folder = tiny_model(vocab_size=512), build_tokenizer(), tmp_path / "export"
+
+    def write(**options: bool) -> None:
+        export_model(
+            model,
+            tokenizer,
+            folder,
+            dtype=torch.bfloat16,
+            is_writer=True,
+            max_shard_bytes=20_000,
+            **options,
+        )
+
+    write()
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    shutil.rmtree(folder)
+    second = "model-00002-of-00003.safetensors"
+    for change, message in (
+        (_flip(-1), f"{second} .* 1 of 12 tensors differ .*1.self_attn.q_proj.weight.; check"),
+        (_flip(-3000), f"{second} .* 1 of 12 tensors differ .*"),
+        (lambda content: content.pop(), f"{second} was not written whole"),
+    ):
+        bad_disk[:] = [change]
+        with pytest.raises(ModelError, match=message):
+            write()
+        assert list(tmp_path.iterdir()) == []
+    write(verify=False)
+    assert folder.is_dir()
 
 
 _MEASURED = """
 import sys
 sys.path.insert(0, {root!r})
-import torch, transformers.models.qwen3.modeling_qwen3
+import torch, transformers.models.qwen3_moe.modeling_qwen3_moe
 import models.export, scripts.model_card, trainer.checkpoint, trainer.stored
 from scripts.export import main
 
@@ -259,25 +274,26 @@ for dtype in ("bfloat16", "float32"):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_memory_is_one_and_a_half_of_the_largest_tensor(tmp_path: Path) -> None:
-    vocabulary, width = 100_000, 256
-    largest = vocabulary * width * 4  # 102 MB, twice: the head is not tied
+    vocabulary, width, experts = 100_000, 256, 100
+    largest = vocabulary * width * 4  # 102 MB, twice: the experts' gates are as many
     model = build_model(
-        Qwen3Config(
+        Qwen3MoeConfig(
             vocab_size=vocabulary,
             hidden_size=width,
-            intermediate_size=64,
+            num_experts=experts,
+            moe_intermediate_size=vocabulary // experts // 2,
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=2,
             head_dim=16,
-            tie_word_embeddings=False,
+            tie_word_embeddings=True,
         ),
         attention="sdpa",
         seed=None,
     )
     tensors = {
         f"hf.{name}": torch.full(tensor.shape, 0.5)
-        for name, tensor in model.hf.state_dict().items()
+        for name, tensor in export_tensors(model).items()
     }
     staging = tmp_path / "out" / "checkpoints" / ".partial"
     staging.mkdir(parents=True)

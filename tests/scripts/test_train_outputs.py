@@ -97,7 +97,7 @@ def test_the_folder_holds_what_was_promised(run: Run) -> None:
     described = json.loads((run.output_dir / "run.json").read_text())
     assert {"torch", "transformers", "datasets"} <= set(described["versions"])
     assert described["world_size"] == 2
-    assert described["mesh"] == {"dp_replicate": 1, "dp_shard": 2}
+    assert described["mesh"] == {"dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1}
     assert described["precision"]["compute and all-gather"] == "float32"
     assert described["model"]["commit"] is None
 

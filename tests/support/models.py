@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from models.build import build_model
+from models.build import CONFIG_CLASSES, build_model
 from models.causal_lm import PackedCausalLM
 
 IGNORE_INDEX = -100
@@ -21,8 +21,11 @@ VOCABULARY = 97  # odd: no world size divides it
 
 
 def tiny_config(kind: str = "qwen3", *, tied: bool = True, **changes: Any) -> PreTrainedConfig:
-    """Two layers, 4 query heads on 2 key/value heads; `kind` is `qwen2` or `qwen3`."""
-    values = {
+    """Two layers, 4 query heads on 2 key/value heads, 5 experts where there are any.
+
+    `kind` is a key of `CONFIG_CLASSES`. Where a family has layers of linear attention the first of the two is one.
+    """
+    values: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 56,
@@ -37,9 +40,23 @@ def tiny_config(kind: str = "qwen3", *, tied: bool = True, **changes: Any) -> Pr
         "eos_token_id": 1,
         "pad_token_id": 0,
     }
-    if kind == "qwen2":
-        return Qwen2Config(**{**values, **changes})
-    return Qwen3Config(**{**values, "head_dim": 8, **changes})
+    config_class = CONFIG_CLASSES[kind]
+    if kind != "qwen2":
+        values["head_dim"] = 8
+    known = config_class().to_dict()
+    if "num_experts" in known or "num_local_experts" in known:
+        values |= {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    if "shared_expert_intermediate_size" in known:
+        values["shared_expert_intermediate_size"] = 20
+    if "linear_num_key_heads" in known:
+        values |= {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        }
+    return config_class(**{**values, **changes})
 
 
 def tiny_model(
@@ -90,7 +107,8 @@ def packed_batch(
     Args:
         rows: per row its documents, each [length] int64.
         seq_len: S.
-        max_documents: the offsets are padded to this many documents.
+        max_documents: the offsets are padded to this many documents, and at least to as many as the fullest
+            row of every batch would need.
         pad: token id of the padding.
     """
     shape = len(rows), seq_len
@@ -111,7 +129,8 @@ def packed_batch(
         if begin < seq_len:
             position_ids[row, begin:] = torch.arange(seq_len - begin)
             offsets.append((row + 1) * seq_len)
-    offsets += [len(rows) * seq_len] * (max_documents + 1 - len(offsets))
+    bound = len(rows) * (1 + max(len(documents) for documents in rows))
+    offsets += [len(rows) * seq_len] * (max(bound, max_documents) + 1 - len(offsets))
     label_positions = (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
     return {
         "input_ids": input_ids,
@@ -119,6 +138,7 @@ def packed_batch(
         "position_ids": position_ids,
         "document_offsets": torch.tensor(offsets, dtype=torch.int32),
         "label_positions": label_positions,
+        "row_tokens": torch.tensor([sum(map(len, documents)) for documents in rows]),
         "counts": torch.tensor(
             [real, len(rows) * seq_len - real, len(label_positions), squared], dtype=torch.int64
         ),

@@ -31,7 +31,9 @@ from trainer.parallel import (
     PlanRow,
     build_mesh,
     checkpoint_activations,
+    data_rank,
     describe_plan,
+    mesh_sizes,
     parallelise,
     select_groups,
     set_gradient_sync,
@@ -154,6 +156,18 @@ def test_a_mesh_that_is_not_the_world_is_an_error(replicate: int, shard: int) ->
         build_mesh(config, world_size=4, device_type="cpu")
 
 
+def test_ranks_that_compute_together_have_the_same_data() -> None:
+    config = ParallelConfig(dp_replicate=2, cp=2, tp=2)
+    assert mesh_sizes(config, world_size=16) == {"dp_replicate": 2, "dp_shard": 2, "cp": 2, "tp": 2}
+    places = [data_rank(config, rank=rank, world_size=16) for rank in range(16)]
+    assert [place.rank for place in places] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert {place.size for place in places} == {4}
+    with pytest.raises(TrainError, match=r"dp_shard -1 x parallel.cp 3 x parallel.tp 1 .* 4 ranks"):
+        mesh_sizes(ParallelConfig(cp=3), world_size=4)
+    with pytest.raises(TrainError, match=r"2 ranks of .*dp_shard; use true or false"):
+        mesh_sizes(ParallelConfig(tp=2, reshard_after_forward=4), world_size=4)
+
+
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [(3, "2, 4, true or false"), (1, "2, 4, true or false"), (16, "2, 4, true")],
@@ -232,6 +246,9 @@ def test_loss_and_gradients_do_not_depend_on_the_ranks(tied: bool) -> None:
     share = ParallelConfig(**FP32, reshard_after_forward=2)
     hybrid = ParallelConfig(**FP32, dp_replicate=2)
     replicated = ParallelConfig(**FP32, dp_replicate=2, dp_shard=1)
+    # To FSDP the ranks of cp are more ranks of dp_shard; what they compute is not its business.
+    context = ParallelConfig(**FP32, cp=2)
+    hybrid_context = ParallelConfig(**FP32, dp_replicate=2, cp=2)
     cases = {
         1: [(1, fp32, tied), (4, fp32, tied)],
         2: [
@@ -247,6 +264,8 @@ def test_loss_and_gradients_do_not_depend_on_the_ranks(tied: bool) -> None:
         4: [
             (1, fp32, tied),
             (1, hybrid, tied),
+            (1, context, tied),
+            (1, hybrid_context, tied),
             (2, hybrid, tied),
             (1, share, tied),
             (2, share, tied),

@@ -1,0 +1,94 @@
+"""What every comparison needs: sides that take turns, a stopwatch, and the machine it runs on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Result = dict[str, Any]
+Side = Callable[[], Result]
+"""One run; it returns its wall `seconds` and whatever else it counts."""
+
+
+def take_turns(sides: dict[str, Side], repeats: int) -> Result:
+    """Medians of what each side returned, by its name; the first side runs first in every round.
+
+    Beside another side `times_faster` is its median time as a multiple of ours.
+    """
+    runs: dict[str, list[Result]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            runs[name].append(run())
+    result: Result = {
+        name: {key: median(run[key] for run in done) for key in done[0]}
+        | {"every_seconds": [run["seconds"] for run in done]}
+        for name, done in runs.items()
+    }
+    for other in sides.keys() - {"shardloop"}:
+        result["times_faster"] = result[other]["seconds"] / result["shardloop"]["seconds"]
+    return result
+
+
+@contextmanager
+def stopwatch() -> Iterator[Result]:
+    """Fills in `seconds`, and `cpu_seconds` of this process and those it started and joined.
+
+    The latter tells more where other programs keep the cores busy.
+    """
+    result: Result = {}
+    before, start = os.times(), time.perf_counter()
+    yield result
+    result["seconds"] = time.perf_counter() - start
+    result["cpu_seconds"] = sum(os.times()[:4]) - sum(before[:4])
+
+
+def cores() -> list[int]:
+    """Numbers of the cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+@contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """Keep this thread, and the threads and processes it starts, on `count` cores (on Linux)."""
+    allowed = cores()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, allowed[:count])
+    try:
+        yield
+    finally:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, allowed)
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def machine() -> Result:
+    return {"cpu": cpu_model(), "cores": len(cores())}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def setting(result: Result) -> str:
+    """The machine and the versions of a result, in one line."""
+    machine, versions = result["machine"], result["versions"]
+    return f"{machine['cpu']}, {machine['cores']} cores; " + ", ".join(
+        f"{name} {number}" for name, number in versions.items()
+    )
