@@ -5,6 +5,7 @@ Shapes: B micro_batch_size, S seq_len, M the most documents a micro-batch can ho
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -112,6 +113,40 @@ class PackedBatches:
         )
         # Worker processes read ahead by themselves.
         return iter(loader) if self._workers else read_ahead(loader, self.grad_accum_steps + 1)
+
+
+def batch_digests(
+    mixture: Mixture,
+    *,
+    seq_len: int,
+    seed: int,
+    start_sample: int,
+    global_batch_size: int,
+    count: int,
+) -> list[str]:
+    """SHA-256 over input_ids and labels of the `count` global batches from `start_sample` on.
+
+    The same on any number of ranks: what a checkpoint says of the samples that come next.
+    """
+    batches = _MicroBatches(
+        mixture,
+        seq_len=seq_len,
+        micro_batch_size=global_batch_size,
+        pad_token_id=0,
+        seed=seed,
+        shuffle=True,
+        rank=0,
+        world_size=1,
+        start_sample=start_sample,
+        end_sample=None,
+    )
+    digests = []
+    for number in range(count):
+        batch = batches[number]
+        digest = hashlib.sha256(batch["input_ids"].numpy().tobytes())
+        digest.update(batch["labels"].numpy().tobytes())
+        digests.append(digest.hexdigest())
+    return digests
 
 
 def read_ahead(items: Iterable[Batch], depth: int) -> Iterator[Batch]:

@@ -128,25 +128,57 @@ def upload_folder(folder: str | Path, url: str) -> None:
 
     A meta.json from before is removed first. Raises DataError.
     """
-    folder = Path(folder)
-    store, root = _open_store(url)
+    folder, remote = Path(folder), RemoteFolder(url)
     names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
-    final = posixpath.join(root, "meta.json")
+    remote.remove("meta.json")
+    with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        others = [name for name in names if name != "meta.json"]
+        list(pool.map(lambda name: remote.put(folder / name, name), others))
+    if "meta.json" in names:
+        remote.put(folder / "meta.json", "meta.json")
 
-    def put(name: str) -> None:
-        target = posixpath.join(root, name)
-        if url.partition("://")[0] not in _DRIVERS:  # those have no folders, only names
-            store.makedirs(posixpath.dirname(target), exist_ok=True)
-        store.put_file(str(folder / name), target)
 
-    with _explained(url, "write to"):
-        if _attempt(partial(store.exists, final)):
-            _attempt(partial(store.rm_file, final))
-        with ThreadPoolExecutor(_DOWNLOADS) as pool:
-            others = [name for name in names if name != "meta.json"]
-            list(pool.map(lambda name: _attempt(partial(put, name)), others))
-        if "meta.json" in names:
-            _attempt(partial(put, "meta.json"))
+class RemoteFolder:
+    """A folder of a remote store, to write and read back. Names are relative to it, with /.
+
+    What fails is tried again while that may help. Every method raises DataError.
+
+    Attributes:
+        url: as it may be printed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._given = url
+        self.url = shown_url(url)
+        self._store, self._root = _open_store(url)
+
+    def names(self) -> list[str]:
+        """All files in it, at any depth; none where there is no such folder."""
+        with _explained(self._given, "read"):
+            self._store.invalidate_cache()
+            found = _attempt(partial(self._store.find, self._root))
+        return [posixpath.relpath(path, self._root) for path in found]
+
+    def put(self, file: Path, name: str) -> None:
+        """Copy a file to the store; what bears the name there is replaced."""
+        target = posixpath.join(self._root, name)
+        with _explained(self._given, "write to"):
+            # Stores behind a driver have no folders, only names.
+            if self._given.partition("://")[0] not in _DRIVERS:
+                self._store.makedirs(posixpath.dirname(target), exist_ok=True)
+            _attempt(partial(self._store.put_file, str(file), target))
+
+    def get(self, name: str, file: Path) -> None:
+        """Copy a file from the store."""
+        with _explained(self._given, "read"):
+            _attempt(partial(self._store.get_file, posixpath.join(self._root, name), str(file)))
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        target = posixpath.join(self._root, name)
+        with _explained(self._given, "write to"):
+            if _attempt(partial(self._store.exists, target)):
+                _attempt(partial(self._store.rm_file, target))
 
 
 def remote_files(url: str, cache_dir: str | Path) -> Files:

@@ -1,6 +1,8 @@
 """Measure this project beside the tools it competes with, on this machine.
 
 python scripts/benchmark.py data [--rows N] [--repeats N] [--tokenizer DIR] [--json FILE]
+python scripts/benchmark.py load [--megabytes N] [--repeats N] [--json FILE]
+python scripts/benchmark.py checkpoint [--megabytes N] [--folder DIR] [--repeats N] [--json FILE]
 
 Each command is a module of scripts/benchmarks and prints Markdown tables. None needs a GPU.
 docs/benchmarks.md says what each side does.
@@ -18,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.benchmarks import data
+from scripts.benchmarks import checkpoint, data, load
 
-COMMANDS = {"data": data}
+COMMANDS = {"checkpoint": checkpoint, "data": data, "load": load}
 
 
 def main(argv: list[str] | None = None) -> int:

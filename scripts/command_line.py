@@ -39,7 +39,7 @@ from jsonargparse import ArgumentParser
 
 from data.config import source_configs
 from data.errors import DataError
-from scripts.config import TrainConfig
+from scripts.config import LASTING, TrainConfig
 
 EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.yaml"
 
@@ -168,6 +168,7 @@ _AT_LEAST: dict[str, float] = {
     "schedule.warmup_steps": 0,
     "checkpoint.every": 0,
     "checkpoint.keep_last": 0,
+    "checkpoint.keep_every": 0,
     "evaluation.every": 0,
     "evaluation.max_rows": 1,
     "evaluation.generate_rows": 0,
@@ -495,6 +496,13 @@ def validate(config: TrainConfig) -> None:
         not (config.parallel.compile and config.parallel.activation_checkpointing != "none"),
         "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing "
         "recomputes: keep one of them",
+    )
+    unknown = [key for key in config.allow_changed if key not in LASTING]
+    require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
+    mirror = config.checkpoint.mirror
+    require(
+        mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
+        f"--checkpoint.mirror must be a URL such as s3://bucket/run, got {mirror!r}",
     )
     require(config.parallel.cp == 1, "--parallel.cp is not supported yet: leave it at 1")
     keep = config.parallel.reshard_after_forward

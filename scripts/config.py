@@ -19,6 +19,10 @@ from trainer.config import (
     ScheduleConfig,
 )
 
+# What decides which samples come; and with what a step makes of them, the keys of `allow_changed`.
+OF_SAMPLES = ("data", "packing", "seq_len", "global_batch_size", "seed")
+LASTING = (*OF_SAMPLES, "model", "optimizer", "schedule", "steps", "precision")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -54,10 +58,8 @@ class TrainConfig:
     """auto continues from the newest checkpoint in output_dir; never starts anew; or the path of a
     checkpoint."""
 
-    allow_changed: tuple[
-        Literal["data", "packing", "seq_len", "global_batch_size", "seed"], ...
-    ] = ()
-    """What may differ from the checkpoint that is continued, though it changes which samples come next."""
+    allow_changed: tuple[str, ...] = ()
+    """What may differ from the checkpoint that is continued, though it changes which samples come next or what a step computes: data, packing, seq_len, global_batch_size, seed, model, optimizer, schedule, steps, precision."""
 
     dry_run: bool = False
     """Build everything, print what each rank will hold, run one step, save, reload and compare, and stop; output_dir is not touched."""

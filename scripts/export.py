@@ -89,8 +89,8 @@ def find_checkpoint(given: Path) -> Path:
     Raises:
         TrainError: there is none.
     """
-    from trainer.checkpoint import complete_checkpoints, damage
     from trainer.errors import TrainError
+    from trainer.manifest import complete_checkpoints, damage
 
     if not given.is_dir():
         raise TrainError(f"{given} is not there; give a checkpoint, or the OUTPUT_DIR of a run")

@@ -70,7 +70,7 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
         # A launcher ends the ranks that have lost one; otherwise what follows a signal follows from it.
         if stop.signal is not None and not (lost and attempt is not None and attempt.step):
             raise Stopped(stop.signal) from None
-        if attempt is not None:
+        if attempt is not None and stop.signal is None:
             attempt.record(error, final=not isinstance(error, TransientError))
         with stop.deferred():  # the launcher may end this rank while it reports
             ranks = ranks or meet()

@@ -20,14 +20,7 @@ from models.build import (
 )
 from models.flops import training_flops
 from scripts import reporting
-from scripts.batching import (
-    batch_sizes,
-    gather_data,
-    open_batches,
-    open_stream,
-    order_of_samples,
-    total_ledger,
-)
+from scripts.batching import batch_sizes, gather_data, open_batches, open_stream, total_ledger
 from scripts.config import TrainConfig, output_folder
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
 from scripts.job import Job
@@ -45,7 +38,8 @@ from scripts.preparation import (
     prepare,
     read_tokenizer,
 )
-from trainer.checkpoint import Checkpointer, complete_checkpoints
+from scripts.resuming import lasting_settings, next_batches, open_mirror, resume
+from trainer.checkpoint import Checkpointer
 from trainer.crashes import Attempt
 from trainer.distributed import Ranks, max_over_ranks, once, raise_together, start
 from trainer.errors import PeerLostError, TrainError
@@ -79,17 +73,17 @@ def run(
     data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
     micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
     pinned = pin_revisions(config, output_dir)
-    with ExitStack() as held:
+    with ExitStack() as at_end:
 
         def prepare_alone() -> dict[str, Any]:
             if ranks.is_first and not config.dry_run:
-                held.enter_context(sole_writer(output_dir))
+                at_end.enter_context(sole_writer(output_dir))
             return prepare(pinned, cache_dir, world_size=data.size, device_type=device_type)
 
         # One rank of a node, or of all nodes that share the cache, downloads and tokenises. The process group, whose collectives time out, comes after.
         prepared = once(ranks, "prepare", prepare_alone, shared_folder=cache_dir)
         device = start(ranks, device_type, timeout_seconds=config.guards.collective_timeout_seconds)
-        held.callback(dist.destroy_process_group)
+        at_end.callback(dist.destroy_process_group)
         job = Job(
             config=config,
             cache_dir=cache_dir,
@@ -105,13 +99,13 @@ def run(
             prepared=prepared,
         )
         if config.dry_run:
-            folder = held.enter_context(temporary_output(ranks, output_dir))
+            folder = at_end.enter_context(temporary_output(ranks, output_dir))
             job = replace(job, output_dir=folder)
         with explained(job):
-            return _run(job)
+            return _run(job, at_end)
 
 
-def _run(job: Job) -> int:
+def _run(job: Job, at_end: ExitStack) -> int:
     config, ranks, device = job.config, job.ranks, job.device
     tokenizer = read_tokenizer(config, job.cache_dir, job.prepared["tokenizer"])
     mixture = None if config.data.streaming else open_mixture(config.data, job.prepared)
@@ -132,9 +126,16 @@ def _run(job: Job) -> int:
         embedding=model.hf.get_input_embeddings().weight,
         head=model.head.weight,
     )
-    checkpointer = Checkpointer(job.output_dir / "checkpoints", model, optimizer, config.checkpoint)
-    order = order_of_samples(job, mixture, tokenizer)
-    progress, states = resume(job, checkpointer, order)
+    checkpointer = Checkpointer(
+        job.output_dir / "checkpoints",
+        model,
+        optimizer,
+        config.checkpoint,
+        store=open_mirror(config),
+    )
+    at_end.callback(checkpointer.close)
+    settings = lasting_settings(job, mixture, tokenizer, model, steps)
+    progress, states = resume(job, checkpointer, settings, mixture)
     batches = (
         open_stream(job, tokenizer, states)
         if mixture is None
@@ -142,10 +143,15 @@ def _run(job: Job) -> int:
     )
 
     def save(now: Progress) -> None:
-        state: dict[str, Any] = {"samples": now.samples, "order": order}
+        state: dict[str, Any] = {"samples": now.samples, "settings": settings}
         if isinstance(batches, StreamedBatches):
             state["stream"] = gather_data(job, batches.state)
-        checkpointer.save(now.step, state)
+        elif mixture is not None and ranks.is_first:
+            state["next_batches"] = next_batches(job, mixture, now.samples)
+        try:
+            checkpointer.save(now.step, state)
+        except TrainError as error:  # maybe of the save before; `wait` raises it if it was the last
+            say(f"warning: {error}")
 
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_first else lambda _: None
     say(reporting.header(job, model, weights, mixture, steps, progress))
@@ -240,26 +246,32 @@ def _run(job: Job) -> int:
             ),
             parallel=config.parallel,
         )
-        with goodput.measure("checkpoint"):
-            checkpointer.wait()
     if isinstance(batches, StreamedBatches):
         ledger = total_ledger(job, batches)
         raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
         say(reporting.stream_line(job, ledger))
+
+    def end_preempted(number: int) -> int:
+        goodput.write(ended=True)
+        if ranks.is_first:
+            mark_preempted(job.output_dir, signal.Signals(number), progress.step)
+        say(reporting.stopped(job, number, progress.step))
+        return 128 + number
+
     try:
         if finished and config.checkpoint.export and not config.dry_run:
             export(job, model, tokenizer, step=progress.step)
-    except Stopped:
-        finished = False
+    except Stopped as stopped:
+        checkpointer.close()  # nothing collective any more: the ranks were at different places
+        return end_preempted(stopped.signal)
+    with job.stop.deferred(), goodput.measure("checkpoint"):
+        checkpointer.wait()  # behind the export: a full disk or a store out of reach costs no trained model
+    if not finished:
+        (number,) = max_over_ranks([int(job.stop.signal or 0)])
+        return end_preempted(int(number))
     goodput.write(ended=True)
     totals = goodput.totals()
     raise_together(reporting.record_goodput(job, totals) if ranks.is_first else None)
-    if not finished:
-        (number,) = max_over_ranks([int(job.stop.signal or 0)])
-        if ranks.is_first:
-            mark_preempted(job.output_dir, signal.Signals(int(number)), progress.step)
-        say(reporting.stopped(job, int(number), progress.step))
-        return 128 + int(number)
     if config.dry_run:
         prove_checkpoint(checkpointer, model, optimizer)
         say(summary(job.output_dir) if ranks.is_first else "")
@@ -282,53 +294,3 @@ def explained(job: Job) -> Iterator[None]:
         if ours is not None:
             raise ours from error
         raise
-
-
-def resume(
-    job: Job, checkpointer: Checkpointer, order: dict[str, Any]
-) -> tuple[Progress, list[dict[str, int]] | None]:
-    """Continue from a checkpoint if there is one to continue from.
-
-    Returns:
-        How far it was, and of a stream the state of each data-parallel rank.
-
-    Raises:
-        TrainError: `--resume never` would mix two runs; or the checkpoint counts samples in another order.
-    """
-    wanted = job.config.resume
-    if wanted == "never":
-        held = complete_checkpoints(checkpointer.folder)
-        raise_together(
-            f"{job.output_dir} already holds {held[-1].name} and checkpoints are never overwritten; "
-            "give another --output_dir, or continue with --resume auto"
-            if held
-            else None
-        )
-        return Progress(), None
-    checkpoint = checkpointer.newest() if wanted == "auto" else Path(wanted)
-    if checkpoint is None:
-        return Progress(), None
-    state = checkpointer.restore(checkpoint)
-    was, now = _flat(state["order"]), _flat(order)
-    changed = {
-        key: f"{key} was {was.get(key)}, is {now.get(key)}"
-        for key in was | now
-        if was.get(key) != now.get(key) and key.split(".")[0] not in job.config.allow_changed
-    }
-    if changed:
-        raise TrainError(
-            f"{checkpoint} was trained on other samples ({'; '.join(changed.values())}); undo the "
-            "change, start anew with another --output_dir, or go on at the same number of samples "
-            f"with --allow_changed '[{', '.join(dict.fromkeys(key.split('.')[0] for key in changed))}]'"
-        )
-    return Progress(step=state["step"], samples=state["samples"]), state.get("stream")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"format": 1}} -> {"data.format": 1}."""
-    flat = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat

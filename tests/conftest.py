@@ -11,6 +11,8 @@ import torch
 from tests.support.command import clean_environment
 from tests.support.ranks import start_server
 
+pytest_plugins = ["tests.support.s3"]
+
 torch.set_num_threads(1)
 
 

@@ -1,43 +1,88 @@
-"""The whole training state on disk: complete or not there, never overwritten.
-
-    checkpoints/step-00000020/
-        tensors/        parameters and optimizer state, torch.distributed.checkpoint
-        state.json      step, sample cursor, random-number states, what the data was
-        manifest.json   size and SHA-256 of every other file; written last
-
-A checkpoint is staged in a hidden folder and renamed when everything in it is on the disk.
-"""
+"""The whole training state, saved beside the loop and restored; `trainer.manifest` says what that is on disk."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import itertools
 import json
-import os
-import shutil
-import threading
-from collections.abc import Mapping
-from concurrent.futures import Future
+import random
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from trainer.config import CheckpointConfig
-from trainer.distributed import raise_together
+from trainer.distributed import gather
 from trainer.errors import TrainError
+from trainer.manifest import (
+    MANIFEST,
+    STATE,
+    TENSORS,
+    begin,
+    checkpoints,
+    complete_checkpoints,
+    damage,
+    describe,
+    name_of,
+    publish,
+    read_manifest,
+    remove,
+    rename,
+    set_aside,
+    staging_of,
+    step_of,
+    superfluous,
+    sync,
+    write_json,
+)
+from trainer.unpickle import SafeReader, read_metadata, tensor_entries
 
-MANIFEST = "manifest.json"
+T = TypeVar("T")
+# What is frozen is not saved; `_misfit` refuses a checkpoint that lacks something else.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+class Store(Protocol):
+    """A folder of a remote store. Names are relative to it, with /; what goes wrong is raised as one line."""
+
+    url: str
+
+    def names(self) -> list[str]:
+        """All files in it, at any depth."""
+        ...
+
+    def put(self, file: Path, name: str) -> None: ...
+
+    def get(self, name: str, file: Path) -> None: ...
+
+    def remove(self, name: str) -> None: ...
 
 
 class Checkpointer:
-    """Saves and restores one model and optimizer under one folder. Every method is called by every rank."""
+    """Saves and restores one model and optimizer under one folder. Every method is called by every rank.
+
+    Args:
+        folder: of the checkpoints; all ranks see the same one.
+        model: sharded or plain.
+        optimizer: over its parameters.
+        config: what is kept, and how.
+        store: holds a copy of every checkpoint.
+    """
 
     def __init__(
         self,
@@ -45,247 +90,421 @@ class Checkpointer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: CheckpointConfig,
+        *,
+        store: Store | None = None,
     ) -> None:
         self.folder = folder
         self._model = model
         self._optimizer = optimizer
         self._config = config
-        self._is_first = dist.get_rank() == 0
+        self._store = store
+        self._url = store.url if store else None
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         # Its own group: a background save must not interleave its collectives with those of training.
-        self._group: Any = dist.new_group(backend="gloo") if config.asynchronous else None
-        self._written: threading.Event | None = None
+        self._group: Any = dist.new_group(backend="gloo")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[str | None] | None = None
         self._failure: str | None = None
+        on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+        self._verified: Path | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Save the state after `step`; returns when it is durable, or, if asynchronous, when it has been copied.
 
+        Asynchronous saves wait for the one before, so that host memory holds one copy of the state at most.
+
         Args:
             step: names the checkpoint; one that is there already is left as it is.
-            state: what JSON can hold, the same on every rank; `restore` gives it back.
+            state: what JSON can hold; that of rank 0 is kept, and `restore` gives it back.
 
         Raises:
-            TrainError: on every rank, when a rank could not write. Earlier checkpoints are untouched.
+            TrainError: on every rank, when this save, or the one before in the background, failed. Earlier
+                checkpoints are untouched, training may go on, and this save is under way nevertheless.
         """
-        self.wait()
-        final = self.folder / f"step-{step:08d}"
-        if final.exists():
-            return
-        staging = self.folder / f".{final.name}.partial"
-        rng_states: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(
-            rng_states, base64.b64encode(bytes(torch.get_rng_state().tolist())).decode()
-        )
-        error = None
-        if self._is_first:
-            try:
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
-                _write_json(
-                    staging / "state.json", {**state, "step": step, "rng_states": rng_states}
-                )
-            except OSError as reason:
-                error = _cannot_save(final, reason)
-        raise_together(error)
-        model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
-        tensors = {"model": model_state, "optimizer": optimizer_state}
-
-        if self._group is not None:
-            future = dcp.async_save(
-                tensors, checkpoint_id=staging / "tensors", process_group=self._group
-            )
-            assert isinstance(future, Future)
-            # A future wakes those who wait for it before it runs its callbacks, so the callback says when it is done.
-            written = self._written = threading.Event()
-
-            def finish(done: Future[Any]) -> None:
-                try:
-                    self._finish(staging, final, done.exception())
-                finally:
-                    written.set()
-
-            # Runs in the writer's thread as soon as all ranks have written: durable without waiting for the loop.
-            future.add_done_callback(finish)
-            return
-        try:
-            dcp.save(tensors, checkpoint_id=staging / "tensors")
-            failure = None
-        except (CheckpointException, OSError, RuntimeError) as reason:  # the first is no Exception
-            failure = reason
-        self._finish(staging, final, failure)
-        self._raise_failure()
+        earlier = self._settle()
+        _, _, tensors, scalars = self._state()
+        write = partial(self._write, step, {**state, "step": step, "scalars": scalars}, _random())
+        if self._config.asynchronous:
+            # Staged here, before the loop changes the tensors. The copies are reused from save to save.
+            staged: Any = self._stager.stage(tensors)
+            self._under_way = self._writer.submit(write, staged)
+            failure = earlier
+        else:
+            failure = self._failure = write(tensors)
+        if failure is not None:
+            raise TrainError(failure)
 
     def wait(self) -> None:
         """Wait for a save in the background.
 
         Raises:
-            TrainError: on every rank, when that save failed.
+            TrainError: on every rank, when the last save, in the background or not, failed.
         """
-        if self._written is not None:
-            self._written.wait()
-            self._written = None
-            self._raise_failure()
+        self._settle()
+        if self._failure is not None:
+            raise TrainError(self._failure)
 
-    def _finish(self, staging: Path, final: Path, failure: BaseException | None) -> None:
-        """Make a written checkpoint durable and visible, then prune. No collectives: this may run in a thread."""
-        if failure is not None:
-            self._failure = _cannot_save(final, failure)
-        elif self._is_first:
-            try:
-                _publish(staging, final)
-                self._prune()
-            except OSError as reason:
-                self._failure = _cannot_save(final, reason)
+    def close(self) -> None:
+        """Let a save in the background end, also when the loop has failed; no save can follow."""
+        self._writer.shutdown()
+        self._stager.close()
 
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        raise_together(failure)
+    def _settle(self) -> str | None:
+        """Wait for a save in the background; returns what went wrong with it, the same on every rank."""
+        if self._under_way is None:
+            return None
+        self._failure = self._under_way.result()
+        self._under_way = None
+        return self._failure
 
-    def _prune(self) -> None:
-        if self._config.keep_last > 0:
-            for old in complete_checkpoints(self.folder)[: -self._config.keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
+    def _write(
+        self, step: int, state: Mapping[str, Any], rng: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> str | None:
+        """Write, hash, publish, copy and prune; in the background's thread, where no default group may be used.
+
+        Returns:
+            What went wrong, the same on every rank.
+        """
+        final = self.folder / name_of(step)
+        staging = staging_of(self.folder, step)
+
+        def start() -> tuple[bool, dict[str, Any]]:
+            return self._rank == 0 and begin(self.folder, step) is None, rng
+
+        def write() -> dict[str, Any]:
+            writer = _Writer(staging / TENSORS)  # syncs each file
+            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+            # Each rank reads what it wrote, while that is in the memory of its machine.
+            mine = [file.name for file in (staging / TENSORS).glob(f"__{self._rank}_*")]
+            names = [f"{TENSORS}/{name}" for name in mine]
+            if self._rank == 0:
+                write_json(staging / STATE, {**state, "rng_states": rng_states})
+                names += [STATE, f"{TENSORS}/.metadata"]
+            return describe(staging, names)
+
+        try:
+            started = self._together(start)
+            if any(there for there, _ in started):
+                return None
+            rng_states = [states for _, states in started]
+            described = self._together(write)
+            files = {name: facts for part in described for name, facts in part.items()}
+            self._on_first(lambda: publish(staging, files))
+        except Exception as reason:  # also of a group that has lost a rank
+            return (
+                f"checkpoint {final} could not be written ({_first_line(reason)}); "
+                "earlier checkpoints are untouched"
+            )
+        if self._rank == 0:
+            for name in self._superfluous(path.name for path in complete_checkpoints(self.folder)):
+                remove(self.folder / name)
+        if self._store is None:
+            return None
+        try:
+            self._copy_out(self._store, final, list(described[self._rank]))
+        except Exception as reason:
+            why = _first_line(reason)
+            return f"checkpoint {final} is complete, but not its copy in {self._url} ({why})"
+        return None
+
+    def _copy_out(self, store: Store, final: Path, names: list[str]) -> None:
+        """Copy a complete checkpoint to the store, each rank its own files, the manifest last; then prune there."""
+
+        def put() -> None:
+            for name in names:
+                store.put(final / name, f"{final.name}/{name}")
+
+        self._together(put)
+        self._on_first(lambda: store.put(final / MANIFEST, f"{final.name}/{MANIFEST}"))
+        if self._rank == 0:
+            with suppress(Exception):  # what stays now is pruned after the next save
+                present = store.names()
+                complete = _complete(present)
+                gone = set(self._superfluous(complete))
+                # The manifest first: without it what is left is no checkpoint.
+                for name in sorted(present, key=lambda name: not name.endswith(f"/{MANIFEST}")):
+                    folder = name.partition("/")[0]
+                    if step_of(folder) is not None and (folder in gone or folder not in complete):
+                        store.remove(name)
+
+    def _superfluous(self, names: Any) -> list[str]:
+        config = self._config
+        return superfluous(list(names), keep_last=config.keep_last, keep_every=config.keep_every)
+
+    def held(self) -> list[str]:
+        """The names of the complete checkpoints here and in the store, oldest first, agreed by all ranks."""
+        here = self._on_first(lambda: [path.name for path in complete_checkpoints(self.folder)])
+        return sorted({*here, *self._in_store()}, key=lambda name: step_of(name) or 0)
 
     def newest(self) -> Path | None:
         """The newest intact checkpoint, agreed by all ranks; damaged newer ones are set aside by renaming them.
 
+        Where the store has a newer one than the folder, or an intact one for a damaged one, it is copied here.
+
         Raises:
             TrainError: there are checkpoints, and all are damaged. Starting over silently would be worse.
         """
-        found: list[str | None] = [None, None]  # path, error
-        if self._is_first:
-            problems: dict[Path, str] = {}
-            for candidate in reversed(_checkpoints(self.folder)):
-                problem = damage(candidate)
-                if problem is None:
-                    found[0] = str(candidate)
-                    break
-                problems[candidate] = problem
-            if found[0] is not None:
-                try:
-                    for candidate, problem in problems.items():
-                        print(
-                            f"checkpoint {candidate} is damaged ({problem}); falling back to the one before",
-                            flush=True,
-                        )
-                        _set_aside(candidate)
-                except OSError as reason:
-                    found[1] = f"a damaged checkpoint cannot be renamed ({reason})"
-            elif problems:
-                # They keep their names: the next attempt must not take this for a new run.
-                found[1] = (
-                    f"every checkpoint in {self.folder} is damaged (newest: {next(iter(problems.values()))}); "
-                    "restore one, or start anew with another --output_dir"
-                )
-        dist.broadcast_object_list(found, src=0)
-        raise_together(found[1])
-        return Path(found[0]) if found[0] else None
+        here = self._on_first(lambda: [path.name for path in checkpoints(self.folder)])
+        away = self._in_store()
+        problems: list[tuple[str, str]] = []  # where, what
+        damaged: list[Path] = []
+        for name in sorted({*here, *away}, key=lambda name: step_of(name) or 0, reverse=True):
+            path = self.folder / name
+            problem = self._damage(path) if name in here else "it is not here"
+            if name in here and problem is not None:
+                damaged.append(path)
+                problems.append((str(path), problem))
+            fetched = name in away and problem is not None
+            if fetched:
+                problem = self._copy_in(name)
+                if problem is not None:
+                    problems.append((f"{self._url}/{name}", problem))
+            if problem is None:
+                self._on_first(partial(self._fall_back, damaged, problems, name, fetched))
+                self._verified = path
+                return path
+        if problems:
+            # They keep their names: the next attempt must not take this for a new run.
+            raise TrainError(
+                f"every checkpoint in {self.folder} is damaged (newest: {problems[0][1]}); "
+                "restore one, or start anew with another --output_dir"
+            )
+        return None
+
+    def _fall_back(
+        self, damaged: list[Path], problems: list[tuple[str, str]], name: str, fetched: bool
+    ) -> None:
+        """Make `name` the newest of the folder, with a word about each that is not used."""
+        for place, problem in problems:
+            print(f"checkpoint {place} is damaged ({problem}); falling back to {name}", flush=True)
+        for path in damaged:
+            set_aside(path)
+        if fetched:
+            rename(staging_of(self.folder, step_of(name) or 0))
+
+    def _damage(self, checkpoint: Path, *, hashes: bool | None = None) -> str | None:
+        """What is wrong with a checkpoint, agreed; the ranks share the hashing."""
+        found = self._together(
+            lambda: damage(
+                checkpoint,
+                hashes=self._config.verify == "full" if hashes is None else hashes,
+                share=self._rank,
+                shares=self._world_size,
+            )
+        )
+        return next((problem for problem in found if problem is not None), None)
+
+    def _in_store(self) -> list[str]:
+        store = self._store
+        return self._on_first(lambda: _complete(store.names()) if store else [])
+
+    def _copy_in(self, name: str) -> str | None:
+        """Copy a checkpoint from the store to its hidden folder; returns what is wrong with it."""
+        store = self._store
+        assert store is not None
+        staging = staging_of(self.folder, step_of(name) or 0)
+
+        def manifest() -> dict[str, Any]:
+            staging.mkdir(parents=True, exist_ok=True)
+            store.get(f"{name}/{MANIFEST}", staging / MANIFEST)
+            sync(staging / MANIFEST)
+            return read_manifest(staging)
+
+        def get() -> None:
+            for file in sorted(files)[self._rank :: self._world_size]:
+                (staging / file).parent.mkdir(parents=True, exist_ok=True)
+                store.get(f"{name}/{file}", staging / file)
+                sync(staging / file)
+
+        try:
+            files = self._on_first(manifest)
+            self._together(get)
+        except TrainError as reason:
+            return str(reason)
+        return self._damage(staging, hashes=True)
+
+    def read_state(self, checkpoint: Path) -> dict[str, Any]:
+        """The JSON state of a checkpoint, which is verified first unless `newest` has just done so.
+
+        Raises:
+            TrainError: the folder is no intact checkpoint.
+        """
+        if checkpoint != self._verified:
+            problem = self._damage(checkpoint)
+            if problem is not None:
+                raise TrainError(f"{checkpoint} is not an intact checkpoint: {problem}")
+            self._verified = checkpoint
+        return self._together(lambda: json.loads((checkpoint / STATE).read_bytes()))[self._rank]
 
     def restore(self, checkpoint: Path) -> dict[str, Any]:
         """Load parameters, optimizer state and random-number state; returns the JSON state that was saved.
 
+        Random-number states come back at the same number of ranks.
+
         Raises:
-            TrainError: the folder is no intact checkpoint of this model.
+            TrainError: the folder is no intact checkpoint of this model and optimizer.
         """
-        problem = damage(checkpoint) if self._is_first else None
-        raise_together(f"{checkpoint} is not an intact checkpoint: {problem}" if problem else None)
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
-        tensors = {"model": model_state, "optimizer": optimizer_state}
+        state = self.read_state(checkpoint)
+        model_state, optimizer_state, tensors, _ = self._state()
+
+        def load() -> None:
+            if problem := _misfit(read_metadata(checkpoint / TENSORS), tensors):
+                raise TrainError(problem)
+            reader = SafeReader(checkpoint / TENSORS)
+            dcp.load(tensors, storage_reader=reader, process_group=self._group)
+
         try:
-            dcp.load(tensors, checkpoint_id=checkpoint / "tensors")
-        except (CheckpointException, OSError, RuntimeError, ValueError) as reason:
+            self._together(load)
+        except TrainError as reason:
             raise TrainError(
-                f"{checkpoint} does not fit this model and optimizer ({_first_line(reason)})"
+                f"{checkpoint} does not fit this model and optimizer ({reason})"
             ) from None
+        for name, value in state["scalars"].items():
+            parameter, _, key = name.rpartition(".")
+            optimizer_state["state"][parameter][key] = value
         set_state_dict(
             self._model,
             self._optimizer,
             model_state_dict=model_state,
             optim_state_dict=optimizer_state,
+            options=_TRAINED,
         )
-        if len(state["rng_states"]) == dist.get_world_size():
-            rng = base64.b64decode(state["rng_states"][dist.get_rank()])
-            torch.set_rng_state(torch.tensor(list(rng), dtype=torch.uint8))
+        if len(state["rng_states"]) == self._world_size:
+            _set_random(state["rng_states"][self._rank])
         return state
 
+    def _state(self) -> tuple[dict[str, Any], Any, dict[str, Tensor], dict[str, Any]]:
+        """The state dicts of model and optimizer; their tensors by one name each; what is no tensor.
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were finished, oldest first."""
-    return [path for path in _checkpoints(folder) if (path / MANIFEST).is_file()]
+        Hyperparameters are not among them: they are the command line's.
 
+        Raises:
+            TrainError: something is neither a tensor nor what JSON can hold.
+        """
+        states: tuple[Any, Any] = get_state_dict(self._model, self._optimizer, options=_TRAINED)
+        model_state, optimizer_state = states
+        # A tied parameter has several names and is stored under the first.
+        named = list(self._model.named_parameters(remove_duplicate=False))
+        first = {id(parameter): name for name, parameter in reversed(named)}
+        aliases = {name for name, parameter in named if first[id(parameter)] != name}
+        values = {f"model.{name}": v for name, v in model_state.items() if name not in aliases}
+        scalars: dict[str, Any] = {}
+        for parameter, state in optimizer_state["state"].items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    values[f"optimizer.state.{parameter}.{key}"] = value
+                else:
+                    scalars[f"{parameter}.{key}"] = value
+        odd = [name for name, value in values.items() if not isinstance(value, Tensor)]
+        odd += [n for n, v in scalars.items() if not isinstance(v, (int, float, str, type(None)))]
+        if odd:
+            raise TrainError(
+                f"the state holds {odd[0]}, which is neither a tensor nor a number; checkpoints hold "
+                "no pickled objects: keep it as a tensor"
+            )
+        return model_state, optimizer_state, values, scalars
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Everything that bears a checkpoint's name, oldest first; what was set aside does not."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix == "")
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """Run `work` on every rank; returns the results of all.
 
-
-def _set_aside(checkpoint: Path) -> None:
-    """Rename a damaged checkpoint, so that its step can be saved again and nothing is lost."""
-    names = itertools.chain([".damaged"], (f".damaged-{n}" for n in itertools.count(2)))
-    free = (checkpoint.with_name(checkpoint.name + name) for name in names)
-    checkpoint.rename(next(path for path in free if not path.exists()))
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint compared with its manifest; None if nothing is."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        expected: dict[str, dict[str, Any]] = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    present = {str(path.relative_to(checkpoint)) for path in _files(checkpoint)}
-    if present != set(expected):
-        return f"files missing or left over: {', '.join(sorted(present ^ set(expected)))}"
-    for name, facts in expected.items():
-        path = checkpoint / name
+        Raises:
+            TrainError: on every rank, with the reason of the first that failed.
+        """
+        result, error = None, None
         try:
-            if path.stat().st_size != facts["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, {facts['bytes']} were written"
-            if _sha256(path) != facts["sha256"]:
-                return f"{name} does not have the SHA-256 it was written with"
-        except OSError as error:
-            return f"{name} cannot be read ({error})"
-    return None
+            result = work()
+        except (CheckpointException, Exception) as reason:  # the first is no Exception
+            error = _first_line(reason)
+        results = gather((result, error), self._group)
+        for rank, (_, error) in enumerate(results):
+            if error is not None:
+                where = "" if rank == 0 or error.startswith("rank ") else f"rank {rank}: "
+                raise TrainError(where + error)
+        return [result for result, _ in results]
+
+    def _on_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0; returns its result on every rank. Raises TrainError as `_together`."""
+        return self._together(lambda: work() if self._rank == 0 else None)[0]  # type: ignore[return-value]
 
 
-def _publish(staging: Path, final: Path) -> None:
-    files = _files(staging)
-    manifest = {
-        str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in files
+class _Writer(dcp.FileSystemWriter):
+    """torch's, without the path and the random name that it would write into `.metadata`."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
+def _complete(names: list[str]) -> list[str]:
+    """The complete checkpoints among the files of a store."""
+    folders = (name.removesuffix(f"/{MANIFEST}") for name in names if name.endswith(f"/{MANIFEST}"))
+    return [folder for folder in folders if step_of(folder) is not None]
+
+
+def _misfit(metadata: Metadata, tensors: Mapping[str, Tensor]) -> str | None:
+    """How what is stored differs from what is wanted; DCP would skip and cast without a word."""
+    stored = {
+        name: (tuple(entry.size), entry.properties.dtype)
+        for name, entry in tensor_entries(metadata).items()
     }
-    for path in [*files, *(path for path in staging.rglob("*") if path.is_dir())]:
-        _sync(path)
-    _write_json(staging / MANIFEST, {"format": 1, "files": manifest})
-    _sync(staging)
-    os.rename(staging, final)
-    _sync(final.parent)
+    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    differing = [
+        f"{name} is {_shown(*stored[name])} there, {_shown(*wanted[name])} here"
+        for name in wanted
+        if name in stored and stored[name] != wanted[name]
+    ]
+    differing += [f"{name} is not in it" for name in wanted if name not in stored]
+    differing += [f"{name} is in it and not here" for name in stored if name not in wanted]
+    if not differing:
+        return None
+    more = f"; {len(differing)} tensors differ" if len(differing) > 1 else ""
+    return f"{differing[0]}{more}"
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+def _shown(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    _sync(path)
+def _random() -> dict[str, Any]:
+    """The states of this process's random-number generators, as JSON can hold them."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    key = numpy_state["state"]["key"]
+    states = {
+        "torch": _text(torch.get_rng_state().numpy()),
+        "python": [version, _text(np.array(words, dtype=np.uint32)), gauss],
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": _text(key)}},
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = _text(torch.cuda.get_rng_state().numpy())
+    return states
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _set_random(states: Mapping[str, Any]) -> None:
+    """What `_random` has taken; a GPU's state is left out where there is none."""
+    torch.set_rng_state(torch.from_numpy(_array(states["torch"], np.uint8)))
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(_array(words, np.uint32).tolist()), gauss))
+    state = states["numpy"]["state"]
+    key = _array(state["key"], np.uint32)
+    np.random.set_state({**states["numpy"], "state": {**state, "key": key}})
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.from_numpy(_array(states["cuda"], np.uint8)))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _text(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode()
 
 
-def _cannot_save(final: Path, reason: BaseException) -> str:
-    return f"checkpoint {final} could not be written ({_first_line(reason)}); earlier checkpoints are untouched"
+def _array(text: str, dtype: Any) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype=dtype).copy()
 
 
 def _first_line(reason: BaseException) -> str:

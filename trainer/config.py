@@ -121,8 +121,17 @@ class CheckpointConfig:
     keep_last: int = 2
     """Checkpoints to keep; older ones are removed after a newer one is complete. 0 keeps all."""
 
-    asynchronous: bool = False
-    """Write checkpoints in the background while training goes on."""
+    keep_every: int = 0
+    """Keep the checkpoint of every step that is a multiple of this for ever; 0 keeps none but the last."""
+
+    asynchronous: bool = True
+    """Write checkpoints in the background while training goes on: the loop waits for a copy in host memory only. One at a time is under way."""
+
+    verify: Literal["full", "sizes"] = "full"
+    """What is compared before a checkpoint is loaded: the SHA-256 of every file, or the sizes only."""
+
+    mirror: str | None = None
+    """URL of a folder of any store that fsspec opens (s3://bucket/run) to which every checkpoint is copied; a run that finds a newer one there than in output_dir continues from it."""
 
     export: bool = True
     """Write a Hugging Face model to OUTPUT_DIR/export at the end."""

@@ -225,12 +225,16 @@ def _reduced(values: Sequence[float], operation: Any) -> list[float]:
     return tensor.tolist()
 
 
-def gather(value: Any) -> list[Any]:
-    """The values of all ranks, in their order, on every rank; a value is what pickle can hold."""
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The values of all ranks, in their order, on every rank; a value is what pickle can hold.
+
+    A thread beside the loop gives a `group` of its own, which holds every rank too. Without one, a process without
+    ranks is the only one.
+    """
     values = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if group is not None or (dist.is_initialized() and dist.get_world_size() > 1):
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -9,10 +9,11 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from trainer.errors import TrainError
+from trainer.manifest import TENSORS
+from trainer.unpickle import read_metadata, tensor_entries
 
 _MODEL = "model."  # what a parameter's name begins with beside the optimizer's state
 
@@ -25,15 +26,12 @@ class StoredTensors:
         Raises:
             TrainError: the folder holds no tensors of a checkpoint.
         """
-        self._folder = checkpoint / "tensors"
-        try:
-            metadata = FileSystemReader(self._folder).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise TrainError(f"{checkpoint} is not an intact checkpoint: {error}") from None
+        self._folder = checkpoint / TENSORS
+        metadata = read_metadata(self._folder)
         self._entries = {
             name.removeprefix(_MODEL): entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+            for name, entry in tensor_entries(metadata).items()
+            if name.startswith(_MODEL)
         }
         self._places = metadata.storage_data
 
@@ -45,6 +43,9 @@ class StoredTensors:
         """One whole parameter on the CPU, put together from the parts that ranks have written.
 
         Memory: the tensor in `dtype` and one of its parts; in the stored type a single part is not copied.
+
+        Raises:
+            TrainError: a part is damaged, or no tensor.
         """
         entry = self._entries[name]
         if len(entry.chunks) == 1:
@@ -58,10 +59,15 @@ class StoredTensors:
 
     def _read_part(self, name: str, offsets: torch.Size) -> Tensor:
         place = self._places[MetadataIndex(_MODEL + name, offsets)]
-        with (self._folder / place.relative_path).open("rb") as file:
-            part = _Part(file, place.offset, place.length)
-            # a file in all that torch.load asks of it
-            return torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        file = self._folder / place.relative_path
+        try:
+            with file.open("rb") as stream:
+                part = _Part(stream, place.offset, place.length)
+                # a file in all that torch.load asks of it
+                return torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TrainError(f"{file}: {name} cannot be read ({reason})") from None
 
 
 class _Part(io.RawIOBase):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -47,6 +52,70 @@ def stopwatch() -> Iterator[Result]:
     yield result
     result["seconds"] = time.perf_counter() - start
     result["cpu_seconds"] = sum(os.times()[:4]) - sum(before[:4])
+
+
+@contextmanager
+def peak_memory(every_seconds: float = 0.002) -> Iterator[Result]:
+    """Fills in `peak_bytes`: how far this process's anonymous resident memory rose above what it was (on Linux).
+
+    That is resident less file-backed pages (/proc/self/statm), looked at by a thread every so many seconds.
+    """
+
+    def anonymous() -> int:
+        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+        return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+    before, highest, done = anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(every_seconds):
+            highest = max(highest, anonymous())
+
+    result: Result = {}
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield result
+    finally:
+        done.set()
+        thread.join()
+    result["peak_bytes"] = max(highest, anonymous()) - before
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function` returns on each of so many new gloo ranks of one thread each."""
+    context = multiprocessing.get_context("forkserver")  # it loads the libraries once
+    context.set_forkserver_preload(["torch", "transformers.modeling_utils"])
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
+        ProcessPoolExecutor(world_size, mp_context=context) as pool,
+    ):
+        ranks = [
+            pool.submit(_as_rank, rank, world_size, folder, function, arguments)
+            for rank in range(world_size)
+        ]
+        return [rank.result() for rank in ranks]
+
+
+def _as_rank(
+    rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: Any
+) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=5),
+    )
+    try:
+        return function(*arguments)
+    finally:
+        dist.destroy_process_group()
 
 
 def cores() -> list[int]:

@@ -212,7 +212,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path: Path) -> None
     _refused(tmp_path, SINGLE_FILE, "model.norm.weight")
 
 
-def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+def test_S02_pickled_weights_are_not_read(tmp_path: Path) -> None:
     torch.save(save_checkpoint(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / SINGLE_FILE).unlink()
     _refused(tmp_path, "only safetensors are read")

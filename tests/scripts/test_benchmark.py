@@ -11,6 +11,7 @@ import pytest
 
 from scripts.benchmark import main
 from scripts.benchmarks.data import NO_TRL
+from tests.support.ranks import start_server
 
 
 def test_data_without_trl(
@@ -43,3 +44,36 @@ def test_data_without_trl(
 def test_unusable_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "--rows", "1", "--tokenizer", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_server()  # whose ranks have the libraries loaded
+    file = tmp_path / "numbers.json"
+    assert main(["load", "--megabytes=40", "--repeats=1", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert set(result["models"]) == {"dense", "experts"}
+    for kind, sides in result["models"].items():
+        ours, theirs = sides["shardloop"], sides["from_pretrained"]
+        # One rank holds half, in fp32, of what both find in bf16.
+        assert ours["held_bytes"] == pytest.approx(theirs["held_bytes"] / 2, rel=0.01)
+        assert theirs["held_bytes"] == pytest.approx(2 * sides["checkpoint_bytes"], rel=0.01)
+        assert ours["held_bytes"] <= ours["highest_peak_bytes"] < theirs["highest_peak_bytes"]
+        assert f"| {kind}, " in printed
+    assert ": ok |" in printed
+
+
+@pytest.mark.distributed
+def test_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_server()  # whose ranks have the libraries loaded
+    file = tmp_path / "numbers.json"
+    flags = ["--megabytes=13", "--repeats=1", "--folder", str(tmp_path), "--json", str(file)]
+    assert main(["checkpoint", *flags]) == 0
+    result = json.loads(file.read_text())
+    for name in ("shardloop", "synchronous"):
+        side = result[name]
+        assert 0 < side["seconds"] <= side["durable_seconds"]
+        assert side["checkpoint_bytes"] == pytest.approx(13e6, rel=0.05)
+    assert f"{result['stall_pct']:.1f} %" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [file]

@@ -30,7 +30,8 @@ from tests.support.command import ROOT, clean_environment, run_command
 from tests.support.job import EXACT, read_rows, train
 from tests.support.models import tiny_model
 from tests.support.tiny import write_chat, write_model
-from trainer.checkpoint import _publish
+from trainer.checkpoint import _Writer
+from trainer.manifest import describe, publish
 
 pytestmark = pytest.mark.distributed
 
@@ -295,12 +296,13 @@ def test_memory_is_one_and_a_half_of_the_largest_tensor(tmp_path: Path) -> None:
         f"hf.{name}": torch.full(tensor.shape, 0.5)
         for name, tensor in export_tensors(model).items()
     }
-    staging = tmp_path / "out" / "checkpoints" / ".partial"
+    staging = tmp_path / "out" / "checkpoints" / ".step-00000007.partial"
     staging.mkdir(parents=True)
     state = {"model": tensors, "optimizer": {"moment": torch.ones(vocabulary * width)}}
-    dcp.save(state, checkpoint_id=staging / "tensors", no_dist=True)
+    dcp.save(state, storage_writer=_Writer(staging / "tensors"), no_dist=True)
     (staging / "state.json").write_text('{"step": 7}')
-    _publish(staging, staging.with_name("step-00000007"))
+    files = (path for path in staging.rglob("*") if path.is_file())
+    publish(staging, describe(staging, [str(path.relative_to(staging)) for path in files]))
     del tensors, state
     with staged(tmp_path / "out" / "model") as folder:
         write_model_files(folder, model, build_tokenizer(), dtype=torch.bfloat16, source=None)

@@ -71,7 +71,8 @@ def test_fetched_once_pinned_and_offline_afterwards(tmp_path: Path) -> None:
         # The branch moves on; the run that is continued keeps to its commit.
         write_chat(datasets["v1"] / "train.jsonl", count=120, seed=7)
         assert hub.commit("org/chat", "v1", "datasets") != commits[1]
-        more = [sys.executable, *args("online", "--steps=3", "--global_batch_size=4")]
+        longer = ("--steps=3", "--allow_changed=[steps]", "--global_batch_size=4")
+        more = [sys.executable, *args("online", *longer)]
         resumed = run_command(more, timeout=120, env=env, cwd=work)
         assert {**hub.downloads("org/tiny"), **hub.downloads("org/chat")} == downloads
 

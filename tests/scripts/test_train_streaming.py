@@ -24,6 +24,7 @@ def test_a_resumed_stream_is_the_uninterrupted_one(tmp_path: Path, cache_dir: Pa
         "--data.seq_len=64",
         "--data.max_bad_rows_pct=5",
         "--global_batch_size=4",
+        "--schedule.name=constant",
         "--evaluation.generate_rows=0",
         *EXACT,
     ]

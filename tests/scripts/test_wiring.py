@@ -10,7 +10,7 @@ from data.config import DataConfig
 from models.config import ModelConfig
 from scripts.batching import batch_sizes
 from scripts.config import TrainConfig, run_name
-from scripts.wiring import _flat
+from scripts.resuming import _flat
 from trainer.errors import TrainError
 
 

@@ -366,7 +366,8 @@ def _resumed(folder: Path, config: OptimizerConfig) -> tuple[bool, bool, bool]:
     for rate in RATES[:3]:
         run.step(rate)
     saved = run.tensors()
-    Checkpointer(folder, run.model, run.optimizer, CheckpointConfig()).save(3, {})
+    at_once = CheckpointConfig(asynchronous=False)
+    Checkpointer(folder, run.model, run.optimizer, at_once).save(3, {})
     end = [run.step(rate) for rate in RATES[3:]]
 
     torch.manual_seed(1234)  # nothing depends on it
