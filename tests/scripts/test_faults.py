@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import chaos
 from tests.support.command import CommandResult, clean_environment, run_command
 from tests.support.job import EXACT, TRAIN, checkpoint_steps, read_rows, start_and_signal, train
 from tests.support.launch import launched
@@ -267,3 +268,20 @@ def _runs(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_under_a_schedule_of_faults_ends_in_the_same_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*_QUICK, "--steps=40", "--checkpoint.every=5"]
+    kinds = ["terminate", "corrupt"]  # killed and stopped ranks are the test above
+    given = ["--faults=2", "--seed=3", "--within=15", "--kinds", *kinds]
+
+    assert chaos.main([str(tmp_path), *given, "--", *flags]) == 0
+
+    said = capsys.readouterr().out
+    assert said.count("fault ") == 2 and "weights equal, bit for bit" in said
+    log = (tmp_path / "chaos.log").read_text()
+    assert log.count("is damaged (") == said.count(": corrupt in step")

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from scripts.chaos import ranks_of
 from tests.support.command import ROOT, clean_environment
 from tests.support.job import TRAIN
 
@@ -25,14 +26,7 @@ class Launch:
 
     def ranks(self) -> dict[int, int]:
         """Process ids of the ranks that run now, by rank."""
-        found = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError, ValueError):
-                if int(stat.read_text().rpartition(")")[2].split()[1]) == self.process.pid:
-                    variables = (stat.parent / "environ").read_bytes().split(b"\0")
-                    (rank,) = (int(v[5:]) for v in variables if v.startswith(b"RANK="))
-                    found[rank] = int(stat.parent.name)
-        return found
+        return ranks_of(self.process.pid)
 
     def steps(self) -> int:
         """Lines of metrics.jsonl."""
