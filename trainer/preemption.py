@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ from pathlib import Path
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A scheduler that signals every process of a job reaches a rank twice: itself, and through its launcher.
 ECHO_SECONDS = 2.0
+# Before the first step: for removing what is unfinished. A download that stalls would hold the process.
+LATEST_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -38,7 +41,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._since = 0.0
-        self._deferred = False
+        self._deferred = self._trained = False
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -53,7 +56,7 @@ class StopRequest:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """While this holds, a signal is only remembered."""
-        self._deferred = True
+        self._deferred = self._trained = True
         try:
             yield
         finally:
@@ -68,6 +71,10 @@ class StopRequest:
     def _handle(self, number: int, _frame: object) -> None:
         if self.signal is None:
             self.signal, self._since = signal.Signals(number), time.monotonic()
+            if not self._trained:
+                late = threading.Timer(LATEST_SECONDS, os._exit, [128 + number])
+                late.daemon = True
+                late.start()
             if not self._deferred:
                 raise Stopped(self.signal)
         elif number == signal.SIGINT:
