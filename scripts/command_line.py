@@ -184,6 +184,12 @@ _AT_LEAST: dict[str, float] = {
     "evaluation.generate_rows": 0,
     "evaluation.max_new_tokens": 1,
     "log.every": 1,
+    "guards.check_every": 0,
+    "guards.slow_rank_ratio": 0,
+    "guards.spike_window": 0,
+    "guards.spike_deviations": 0,
+    "guards.hang_seconds": 0,
+    "guards.collective_timeout_seconds": 1,
 }
 
 

@@ -138,7 +138,7 @@ def judge_first_loss(
 def evaluate_model(
     job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
-    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`; {} without held-out rows."""
+    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`; {} without held-out rows, or when the run is told to stop meanwhile."""
     config = job.config
     if not job.prepared["evaluation"]:
         return {}
@@ -152,8 +152,15 @@ def evaluate_model(
     ]
     batches = slices(job, open_batches(job, mix(sources), tokenizer, training=False))
     loss = evaluate_loss(
-        model, batches, loss_fn=causal_lm_loss, device=job.device, parallel=config.parallel
+        model,
+        batches,
+        loss_fn=causal_lm_loss,
+        device=job.device,
+        parallel=config.parallel,
+        stop=job.stop,
     )
+    if job.stop.agreed():
+        return {}
     values = {"eval_loss": loss}
     if uses_embedded_data(config) and config.evaluation.generate_rows > 0:
         asked = questions("test", config.evaluation.generate_rows)

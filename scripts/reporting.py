@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import signal
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,17 +28,6 @@ from trainer.precision import precision_table
 
 if TYPE_CHECKING:
     from scripts.job import Job
-
-
-def run_name(config: TrainConfig) -> str:
-    """Model and data in one file name."""
-    model = config.model.name or config.model.path or "embedded"
-    data = config.data.name or config.data.path or config.data.prepared
-    data = data or ("mixture" if config.data.sources else "chat")
-    return "-".join(
-        re.sub(r"[^A-Za-z0-9._]+", "_", Path(part).stem if Path(part).suffix else Path(part).name)
-        for part in (model, data)
-    )
 
 
 def header(
@@ -257,6 +244,12 @@ def record_stream(job: Job, ledger: Ledger) -> str | None:
     run = json.loads((job.output_dir / "run.json").read_text(encoding="utf-8"))
     run["data"]["sources"][0]["ledger"] = asdict(ledger)
     return _write(job, {"run.json": _to_json(run)})
+
+
+def record_goodput(job: Job, totals: dict[str, float]) -> str | None:
+    """Put where the time went into run.json; returns the error line if that fails."""
+    run = json.loads((job.output_dir / "run.json").read_text(encoding="utf-8"))
+    return _write(job, {"run.json": _to_json({**run, "goodput": totals})})
 
 
 def stream_line(job: Job, ledger: Ledger) -> str:

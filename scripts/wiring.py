@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from scripts.batching import (
     slices,
     total_ledger,
 )
-from scripts.config import TrainConfig
+from scripts.config import TrainConfig, output_folder
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
 from scripts.job import Job
 from scripts.modelling import (
@@ -47,16 +48,24 @@ from scripts.preparation import (
 )
 from scripts.resuming import lasting_settings, next_batches, open_mirror, resume
 from trainer.checkpoint import Checkpointer
+from trainer.crashes import Attempt
 from trainer.distributed import Ranks, max_over_ranks, once, raise_together, start
-from trainer.errors import TrainError
+from trainer.errors import PeerLostError, TrainError
+from trainer.goodput import Goodput, goodput_table
+from trainer.guards import Guards, explain
 from trainer.hardware import choose_device, configure, peak_flops
-from trainer.loop import Progress, Speedometer, StopRequest, train
+from trainer.loop import Progress, Speedometer, train
 from trainer.metrics import MetricsWriter
 from trainer.optimizer import build_optimizer, learning_rate_at, state_bytes
+from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
+from trainer.preemption import Stopped, StopRequest, end_stopped_siblings
+from trainer.watchdog import Watchdog
 
 
-def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
+def run(
+    config: TrainConfig, cache_dir: Path, ranks: Ranks, stop: StopRequest, attempt: Attempt
+) -> int:
     """One training job, from nothing to the export; every rank calls this.
 
     Returns:
@@ -64,39 +73,44 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
 
     Raises:
         DataError, ModelError, TrainError: what the user can mend.
+        Stopped: a signal came before the first step, or during the export.
     """
     device_type = choose_device(config.device, local_world_size=ranks.local_world_size)
-    configure(device_type, local_world_size=ranks.local_world_size)
+    output_dir = output_folder(config)
+    configure(device_type, local_world_size=ranks.local_world_size, output_dir=output_dir)
     data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
     micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
-    # One rank of a node, or of all nodes that share the cache, downloads and tokenises. The process group, whose collectives time out, comes after.
-    output_dir = Path(config.output_dir or f"outputs/{reporting.run_name(config)}")
     pinned = pin_revisions(config, output_dir)
-    prepared = once(
-        ranks,
-        "prepare",
-        partial(prepare, pinned, cache_dir, world_size=data.size, device_type=device_type),
-        shared_folder=cache_dir,
-    )
-    device = start(ranks, device_type)
-    job = Job(
-        config=config,
-        cache_dir=cache_dir,
-        output_dir=output_dir,
-        ranks=ranks,
-        data_rank=data,
-        device=device,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        grad_accum_steps=grad_accum_steps,
-        prepared=prepared,
-    )
     with ExitStack() as at_end:
+
+        def prepare_alone() -> dict[str, Any]:
+            if ranks.is_first and not config.dry_run:
+                at_end.enter_context(sole_writer(output_dir))
+            return prepare(pinned, cache_dir, world_size=data.size, device_type=device_type)
+
+        # One rank of a node, or of all nodes that share the cache, downloads and tokenises. The process group, whose collectives time out, comes after.
+        prepared = once(ranks, "prepare", prepare_alone, shared_folder=cache_dir)
+        device = start(ranks, device_type, timeout_seconds=config.guards.collective_timeout_seconds)
         at_end.callback(dist.destroy_process_group)
+        job = Job(
+            config=config,
+            cache_dir=cache_dir,
+            output_dir=output_dir,
+            ranks=ranks,
+            data_rank=data,
+            stop=stop,
+            attempt=attempt,
+            device=device,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            grad_accum_steps=grad_accum_steps,
+            prepared=prepared,
+        )
         if config.dry_run:
             folder = at_end.enter_context(temporary_output(ranks, output_dir))
             job = replace(job, output_dir=folder)
-        return _run(job, at_end)
+        with explained(job):
+            return _run(job, at_end)
 
 
 def _run(job: Job, at_end: ExitStack) -> int:
@@ -166,6 +180,12 @@ def _run(job: Job, at_end: ExitStack) -> int:
     if progress.step == 0 and weights is not None:
         micro_batches = judge_first_loss(job, model, micro_batches, say)
 
+    goodput = Goodput(
+        job.output_dir if ranks.is_first else None,
+        began=job.attempt.began,
+        compiled=config.parallel.compile,
+    )
+    (was_preempted,) = max_over_ranks([ranks.is_first and clear_preempted(job.output_dir)])
     before: dict[str, float] = {}
     after: dict[str, float] = {}
     peak, peak_origin = peak_flops(device, DTYPES[config.parallel.param_dtype])
@@ -173,17 +193,30 @@ def _run(job: Job, at_end: ExitStack) -> int:
         MetricsWriter(
             job.output_dir, config.log, is_first=ranks.is_first, steps=steps, step=progress.step
         ) as writer,
-        StopRequest().listening() as stop,
+        Watchdog(config.guards.hang_seconds, job.output_dir, job.attempt) as watchdog,
+        job.stop.deferred(),
     ):
 
         def evaluate(step: int) -> dict[str, float]:
-            values = {} if config.dry_run else evaluate_model(job, model, tokenizer)
+            with goodput.measure("evaluation"):
+                values = {} if config.dry_run else evaluate_model(job, model, tokenizer)
             if values:
                 writer.write({"step": step, **values})
             return values
 
+        def save_timed(now: Progress) -> None:
+            with goodput.measure("checkpoint"):
+                save(now)
+            writer.write_goodput(now.step, goodput.totals())
+
+        def advance(step: int, seconds: float, data_wait_seconds: float) -> None:
+            writer.advance()
+            goodput.step(step, seconds, data_wait_seconds)
+
         if progress.step == 0:
             before = evaluate(0)
+        if progress.step >= steps and was_preempted:  # maybe before its last evaluation
+            after = evaluate(progress.step)
         finished = train(
             model,
             optimizer,
@@ -204,12 +237,22 @@ def _run(job: Job, at_end: ExitStack) -> int:
             device=device,
             evaluate=lambda step: after.update(evaluate(step)),
             evaluate_every=config.evaluation.every,
-            save=save,
+            save=save_timed,
             save_every=config.checkpoint.every,
             log=writer.write,
             log_every=config.log.every,
-            advance=writer.advance,
-            stop=stop,
+            advance=advance,
+            stop=job.stop,
+            guards=Guards(
+                config.guards,
+                max_skipped_steps=config.optimizer.max_skipped_steps,
+                model=model,
+                optimizer=optimizer,
+                device=device,
+                tell=writer.tell,
+                attempt=job.attempt,
+                watchdog=watchdog,
+            ),
             speedometer=Speedometer(
                 flops=partial(training_flops, model.hf.config, **flops_of_part(config, model)),
                 peak_flops=None if peak is None else peak * ranks.world_size,
@@ -220,18 +263,47 @@ def _run(job: Job, at_end: ExitStack) -> int:
         ledger = total_ledger(job, batches)
         raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
         say(reporting.stream_line(job, ledger))
+
+    def end_preempted(number: int) -> int:
+        goodput.write(ended=True)
+        if ranks.is_first:
+            mark_preempted(job.output_dir, signal.Signals(number), progress.step)
+        say(reporting.stopped(job, number, progress.step))
+        return 128 + number
+
+    try:
+        if finished and config.checkpoint.export and not config.dry_run:
+            export(job, model, tokenizer, step=progress.step)
+    except Stopped as stopped:
+        checkpointer.close()  # nothing collective any more: the ranks were at different places
+        return end_preempted(stopped.signal)
+    with job.stop.deferred(), goodput.measure("checkpoint"):
+        checkpointer.wait()  # behind the export: a full disk or a store out of reach costs no trained model
     if not finished:
-        checkpointer.wait()
-        (number,) = max_over_ranks([int(stop.signal or 0)])
-        say(reporting.stopped(job, int(number), progress.step))
-        return 128 + int(number)
+        (number,) = max_over_ranks([int(job.stop.signal or 0)])
+        return end_preempted(int(number))
+    goodput.write(ended=True)
+    totals = goodput.totals()
+    raise_together(reporting.record_goodput(job, totals) if ranks.is_first else None)
     if config.dry_run:
-        checkpointer.wait()
         prove_checkpoint(checkpointer, model, optimizer)
         say(summary(job.output_dir) if ranks.is_first else "")
         return 0
-    if config.checkpoint.export:
-        export(job, model, tokenizer, step=progress.step)
-    checkpointer.wait()  # behind the export: a full disk or a store out of reach costs no trained model
+    say(goodput_table(totals))
     say(reporting.footer(job, before, after, mfu_peak=peak_origin))
     return 0
+
+
+@contextmanager
+def explained(job: Job) -> Iterator[None]:
+    """Turn torch's errors that people meet into one line of ours."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        step, rank = job.attempt.step, job.ranks.rank
+        ours = explain(error, step=step, rank=rank, micro_batch_size=job.micro_batch_size)
+        if isinstance(ours, PeerLostError):
+            end_stopped_siblings()
+        if ours is not None:
+            raise ours from error
+        raise

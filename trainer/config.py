@@ -100,7 +100,7 @@ class OptimizerConfig:
     """Clip the global gradient norm to this value; 0 does not clip."""
 
     max_skipped_steps: int = 5
-    """Stop after this many steps in a row were skipped because a gradient was not finite."""
+    """Stop when more steps than this in a row were skipped because a gradient was not finite; the error names their samples."""
 
 
 @dataclass(frozen=True)
@@ -181,3 +181,26 @@ class LogConfig:
 
     progress: bool = True
     """Show a progress bar on rank 0."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What watches over a run."""
+
+    check_every: int = 100
+    """Steps between checks that all ranks agree (step, samples, optimizer, checksums of replicated parameters) and that none is slow; 0 never checks."""
+
+    slow_rank_ratio: float = 1.5
+    """Warn of a rank that needs this many times the median rank's time for its own work (data, and the forward pass of its layers) since the last check; 0 never."""
+
+    spike_window: int = 100
+    """Losses a new one is compared with; 0 looks for no spikes."""
+
+    spike_deviations: float = 8.0
+    """Warn of a loss this many deviations (1.4826 times the median absolute deviation) above the median of the window."""
+
+    hang_seconds: float = 600.0
+    """A step that takes longer ends the rank, for the launcher to restart, with the stacks of all its threads in OUTPUT_DIR/stacks-rank-N.txt; 0 waits for ever."""
+
+    collective_timeout_seconds: float = 1800.0
+    """Time after which ranks give up waiting for another one in a collective operation, also while rank 0 saves or exports."""
