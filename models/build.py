@@ -29,6 +29,8 @@ from models.causal_lm import PackedCausalLM
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.layers import has_sliding_window, linear_attention_layers, sparse_layers
+from models.token_rows import HeadWithRows
+from models.weights import init_weights
 
 JUDGED_PARAMETERS = 10_000_000  # the smallest Qwen has some 500 million
 FIRST_LOSS_MARGIN = 0.5
@@ -133,6 +135,11 @@ def _parsed(
             f"{where} uses sliding-window attention, which needs --model.attention sdpa"
         )
     if config.router_aux_loss_coef is not None:
+        if config.router_aux_loss_coef < 0:
+            raise ModelError(
+                f"model.router_aux_loss_coef {config.router_aux_loss_coef} is below 0, which would "
+                "reward uneven experts; use 0 or more"
+            )
         if not sparse_layers(hf_config):
             raise ModelError(
                 f"model.router_aux_loss_coef is for mixtures of experts, and {where} is dense; leave it out"
@@ -205,25 +212,36 @@ def build_model(hf_config: PreTrainedConfig, *, attention: str, seed: int | None
     Args:
         hf_config: transformers' configuration.
         attention: `packed` or `sdpa`.
-        seed: initialise the weights with transformers' own rule, the same on every rank. None leaves them on the
-            meta device, to be filled by `models.weights.load_weights` after sharding.
+        seed: initialise the weights, on the CPU. None leaves them on the meta device: shard and `materialise` the
+            model, then `models.weights.load_weights` or `init_weights` fills it with the same values.
     """
     implementation = PACKED_ATTENTION if attention == "packed" else "sdpa"
-    if seed is not None:
-        torch.manual_seed(seed)
-    with torch.device("cpu" if seed is not None else "meta"):
+    with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(
-            hf_config, dtype=torch.float32, attn_implementation=implementation
+            hf_config,
+            dtype=torch.float32,
+            attn_implementation=implementation,
+            experts_implementation=_experts_implementation(hf_config),
         )
     hf.config.use_cache = True  # for generation; training never asks for a cache
     hf.train()
-    return PackedCausalLM(hf)
+    model = PackedCausalLM(hf)
+    if seed is not None:
+        materialise(model, torch.device("cpu"))
+        init_weights(model, seed)
+    return model
+
+
+def _experts_implementation(hf_config: PreTrainedConfig) -> str | None:
+    """transformers' default, one grouped matrix product for all experts; its rows must be whole 16 bytes in bf16."""
+    widths = hf_config.hidden_size, getattr(hf_config, "moe_intermediate_size", 0)
+    return "eager" if any(width % 8 for width in widths) else None
 
 
 def materialise(model: PackedCausalLM, device: torch.device) -> None:
     """Allocate a model that was built on the meta device, and rebuild what is not in a checkpoint.
 
-    Parameters are left uninitialised for `load_weights`; rotary buffers are computed anew; the tie is renewed,
+    Parameters are left uninitialised for `load_weights` or `init_weights`; rotary buffers are computed anew; the tie is renewed,
     since every parameter was replaced.
     """
     model.to_empty(device=device)
@@ -244,7 +262,10 @@ def decoder_layer_classes(model: PackedCausalLM) -> tuple[type[nn.Module], ...]:
 def tie_head(model: PackedCausalLM) -> None:
     """Make the head's weight the embedding's parameter again where the configuration ties them."""
     if model.hf.config.tie_word_embeddings:
-        model.head.weight = cast(nn.Parameter, model.hf.get_input_embeddings().weight)
+        embedding, head = model.embedding, model.head
+        head.weight = cast(nn.Parameter, embedding.weight)
+        if isinstance(head, HeadWithRows):
+            head.token_rows = cast(nn.Parameter, embedding.token_rows)
 
 
 def first_loss_counts(choice: str, parameters: int) -> bool:

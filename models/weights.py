@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
@@ -24,6 +25,8 @@ SINGLE_FILE = "model.safetensors"
 
 # What a parameter may be stored as, by its name in safetensors and in torch. All others are quantised.
 _FLOAT_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What partial training adds to a model, and no pretrained one has.
+_ADDED = re.compile(r"\.(lora_\w+|token_rows)(\.|$)")
 # Computed from config.json today; old exports still hold it.
 _COMPUTED = r"(^|\.)rotary_emb\.inv_freq$"
 _ROWS = 4096  # of a matrix that are read at once where all of them are needed
@@ -65,6 +68,16 @@ class LoadReport:
     def summary(self) -> dict[str, Any]:
         """As JSON can hold it: how many were plainly loaded, and the names of all others."""
         return {**asdict(self), "loaded": len(self.loaded)}
+
+
+def pretrained_name(name: str) -> str | None:
+    """The name in a pretrained model of a parameter, around which peft may have put a `base_layer`; None of an adapter's own."""
+    return None if _ADDED.search(name) else name.replace(".base_layer.", ".")
+
+
+def named_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same by their names in a pretrained model, without what adapters have added."""
+    return {known: tensor for name, tensor in tensors.items() if (known := pretrained_name(name))}
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -122,7 +135,8 @@ def load_weights(
     """
     files = tensor_files(folder)
     stored = _open_tensors(files)
-    parameters = dict(model.hf.named_parameters())  # a tied head appears once, as the embedding
+    # A tied head appears once, as the embedding.
+    parameters = named_tensors(dict(model.hf.named_parameters()))
     ties: dict[str, str] = {
         name: source
         for name, source in dict(model.hf._tied_weights_keys or {}).items()
@@ -162,6 +176,37 @@ def load_weights(
                 "set tie_word_embeddings to false in it, or download the model again"
             )
     return report
+
+
+def open_parameters(
+    model: PackedCausalLM, folder: Path, *, dtype: torch.dtype
+) -> Callable[[str], Tensor]:
+    """A reader of single whole parameters of a checkpoint, by name, as `load_weights` would fill them.
+
+    Args:
+        model: without memory; gives names and shapes.
+        folder: see `load_weights`, which has accepted it.
+        dtype: of what is read.
+
+    Raises:
+        ModelError: a tensor is missing.
+    """
+    stored = _open_tensors(tensor_files(folder))
+    parameters = export_tensors(model)
+    renaming = Renaming(model.hf, {*stored_parts(model.hf, parameters), *parameters})
+    ours = {renaming.known_as(name): name for name in stored}
+    parts = stored_parts(model.hf, parameters, whole=ours.keys())
+    if missing := sorted(parts.keys() - ours.keys()):
+        raise ModelError(f"{folder} lacks tensors of the model: {_shown(missing)}")
+
+    def read(name: str) -> Tensor:
+        whole = torch.empty(parameters[name].shape, dtype=dtype)
+        for known, part in parts.items():
+            if part.parameter == name:
+                _copy_local(whole, stored[ours[known]], part)
+        return whole
+
+    return read
 
 
 def _account(
@@ -220,32 +265,69 @@ def _equal(one: Any, other: Any) -> bool:
 @torch.no_grad()
 def _copy_local(parameter: Tensor, stored: Any, part: Part) -> None:
     """Copy what this rank keeps of a stored tensor; rows the checkpoint lacks become the mean of those it has."""
-    if isinstance(parameter, DTensor):
-        local = parameter.to_local()
-        sizes, starts = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-    else:
-        local, sizes, starts = parameter, tuple(parameter.shape), (0,) * parameter.ndim
+    local, kept = _shard(parameter)
     if local.numel() == 0:
         return  # more ranks than rows: nothing of this tensor lives here
-    into, out_of = [], []
     rows = stored.get_shape()[0]
     grown = part.shape == parameter.shape and rows < part.shape[0]
-    box = (slice(0, rows), *part.box[1:]) if grown else part.box
-    for side, start, size in zip(box, starts, sizes, strict=True):
-        low, high = max(side.start, start), min(side.stop, start + size)
-        into.append(slice(low - start, high - start))
+    into, out_of = [], []
+    for side, mine in zip(
+        (slice(0, rows), *part.box[1:]) if grown else part.box, kept, strict=True
+    ):
+        low, high = max(side.start, mine.start), min(side.stop, mine.stop)
+        into.append(slice(low - mine.start, high - mine.start))
         out_of.append(slice(low - side.start, high - side.start))
     if all(side.start < side.stop for side in into):
         # One expert is stored without the dimension that counts them. Cast on the device: half the bytes travel.
         local[tuple(into)].copy_(stored[tuple(out_of[-len(part.shape) :])].to(local.device))
-    if grown and rows < starts[0] + sizes[0]:
-        mean = torch.zeros(sizes[1:], dtype=torch.float64)
-        columns = tuple(out_of[1:])
+    if grown and rows < kept[0].stop:
+        mean = torch.zeros(local.shape[1:], dtype=torch.float64)
         for start in range(0, rows, _ROWS):  # the whole embedding need not fit beside its shard
-            mean += stored[(slice(start, min(start + _ROWS, rows)), *columns)].double().sum(0)
-        local[max(0, rows - starts[0]) :].copy_(mean / rows)
+            block = slice(start, min(start + _ROWS, rows))
+            mean += stored[(block, *kept[1:])].double().sum(0)
+        local[max(0, rows - kept[0].start) :].copy_(mean / rows)
+
+
+def _shard(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this rank has of a parameter, and where in the whole that is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    sizes, starts = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    box = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return parameter.to_local(), box
+
+
+def init_weights(model: PackedCausalLM, seed: int) -> None:
+    """Give a materialised model random weights by transformers' own rule, the same for any sharding.
+
+    Every rank draws each tensor whole, on the CPU, and keeps its part: one tensor is in memory beside the shard.
+    The embedding's row of a padding token is zero.
+    """
+    torch.manual_seed(seed)
+    with _WholeTensors():
+        model.hf.initialize_weights()
+    embedding = model.hf.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    local, (rows, *_) = _shard(embedding.weight.detach())
+    pad = embedding.padding_idx
+    if pad is not None and rows.start <= pad < rows.stop:  # a row of a sharded tensor is a copy
+        local[pad - rows.start].zero_()
+
+
+class _WholeTensors(TorchDispatchMode):
+    """Runs what fills a sharded tensor on a whole one instead, whose part is kept."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target = args[0] if args else None
+        if not (isinstance(target, DTensor) and func.__name__.partition(".")[0].endswith("_")):
+            return func(*args, **(kwargs or {}))
+        whole = torch.empty(target.shape, dtype=target.dtype)
+        func(whole, *args[1:], **(kwargs or {}))
+        local, box = _shard(target)
+        local.copy_(whole[box])
+        return target
 
 
 def _open(path: Path):
@@ -266,4 +348,5 @@ def _shown(names: list[str], most: int = 5) -> str:
 def export_tensors(model: PackedCausalLM) -> Mapping[str, Tensor]:
     """The model's parameters and persistent buffers by their name on the hub; a tied head is left out."""
     skip = set(model.hf._tied_weights_keys or ()) if model.hf.config.tie_word_embeddings else set()
-    return {name: tensor for name, tensor in model.hf.state_dict().items() if name not in skip}
+    tensors = named_tensors(model.hf.state_dict())
+    return {name: tensor for name, tensor in tensors.items() if name not in skip}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.config import DataConfig
-from models.config import ModelConfig
+from models.config import LoraConfig, ModelConfig
 from trainer.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -65,6 +65,7 @@ class TrainConfig:
     """Build everything, print what each rank will hold, run one step, save, reload and compare, and stop; output_dir is not touched."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedTokenizerBase
 
 from data.embedded import check_answer, questions
@@ -25,13 +26,17 @@ from models.build import (
     read_model_config,
 )
 from models.causal_lm import PackedCausalLM
-from models.export import export_model, staged, write_model_files
+from models.context_parallel import check_context_parallel
+from models.export import export_adapter, export_model, staged, write_model_files
 from models.generation import generate_answers
 from models.layers import sparse_layers
-from models.weights import LoadReport, load_weights
-from scripts.batching import open_batches
+from models.partial import init_adapters
+from models.tensor_parallel import tensor_parallel_plan
+from models.weights import LoadReport, init_weights, load_weights
+from scripts.batching import open_batches, slices
 from scripts.job import Job
 from scripts.model_card import model_card
+from scripts.partial import adapter_config, freeze_rest, part_record, trains_part
 from scripts.preparation import (
     uses_embedded_data,
 )
@@ -45,32 +50,41 @@ from trainer.parallel import DTYPES, parallelise
 def build_sharded_model(
     job: Job, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh
 ) -> tuple[PackedCausalLM, LoadReport | None]:
-    """The model on this rank's device: sharded first, then filled from the checkpoint, unless weights are random."""
+    """The model on this rank's device: sharded first, then filled from the checkpoint or at random."""
     config = job.config.model
     folder = Path(job.prepared["model"]) if job.prepared["model"] else None
     random = folder is None or config.init == "random"
-    model = build_model(
-        read_model_config(config, folder, tokenizer),
-        attention=config.attention,
-        seed=job.config.seed if random else None,
-    )
-    shard(model, job.config.parallel, mesh)
+    hf_config = read_model_config(config, folder, tokenizer)
+    parallel = job.config.parallel
+    plan = tensor_parallel_plan(hf_config, parallel.tp)
+    check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
+    model = build_model(hf_config, attention=config.attention, seed=None)
+    if trains_part(job.config):
+        freeze_rest(model, job.config, tokenizer)
+    shard(model, parallel, mesh, plan)
     # Offloaded parameters live on the host; buffers are where the model computes.
-    home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
-    if random:
-        model.to(home)
-    else:
-        materialise(model, home)
+    home = torch.device("cpu") if parallel.cpu_offload else job.device
+    materialise(model, home)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(job.device)
     if random:
+        init_weights(model, job.config.seed)
         return model, None
     assert folder is not None
-    return model, load_weights(model, folder)
+    report = load_weights(model, folder)
+    init_adapters(model, job.config.seed)
+    return model, report
 
 
-def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> None:
+def shard(
+    model: PackedCausalLM,
+    config: ParallelConfig,
+    mesh: DeviceMesh,
+    layer_plan: Mapping[str, ParallelStyle],
+) -> None:
+    if config.cp > 1:
+        model.cp_group = mesh["cp"].get_group()
     parallelise(
         model,
         config,
@@ -78,6 +92,7 @@ def shard(model: PackedCausalLM, config: ParallelConfig, mesh: DeviceMesh) -> No
         layer_classes=decoder_layer_classes(model),
         root_parameters=[model.head.weight],
         forward_methods=["generate"],
+        layer_plan=layer_plan,
     )
 
 
@@ -135,7 +150,7 @@ def evaluate_model(
         )
         for source in job.prepared["evaluation"]
     ]
-    batches = open_batches(job, mix(sources), tokenizer, training=False)
+    batches = slices(job, open_batches(job, mix(sources), tokenizer, training=False))
     loss = evaluate_loss(
         model,
         batches,
@@ -155,7 +170,7 @@ def evaluate_model(
             [prompt for prompt, _ in asked],
             max_new_tokens=config.evaluation.max_new_tokens,
             device=job.device,
-            copies=job.ranks.world_size // job.data_rank.size,
+            copies=config.parallel.tp,
         )
         model.reshard()  # type: ignore[operator]  # a method of FSDP modules
         right = sum(
@@ -188,19 +203,32 @@ def save_model_files(
 def export(
     job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase, *, step: int
 ) -> None:
-    """Write OUTPUT_DIR/export; a failure on the writing rank is raised by all."""
-    error = None
+    """Write OUTPUT_DIR/export, OUTPUT_DIR/adapter or both; a failure on the writing rank is raised by all."""
+    error, wanted = None, job.config.checkpoint.export
     try:
-        export_model(
-            model,
-            tokenizer,
-            job.output_dir / "export",
-            dtype=DTYPES[job.config.model.dtype],
-            is_writer=job.ranks.is_first,
-            source=Path(job.prepared["model"]) if job.prepared["model"] else None,
-            card=partial(model_card, job.output_dir, step),
-            verify=job.config.checkpoint.verify_export,
-        )
+        if wanted != "adapter":
+            export_model(
+                model,
+                tokenizer,
+                job.output_dir / "export",
+                dtype=DTYPES[job.config.model.dtype],
+                is_writer=job.ranks.is_first,
+                lora=job.config.lora,
+                source=Path(job.prepared["model"]) if job.prepared["model"] else None,
+                card=partial(model_card, job.output_dir, step),
+                verify=job.config.checkpoint.verify_export,
+            )
+        if wanted in ("adapter", "both"):
+            record = part_record(job, model)
+            assert record is not None
+            export_adapter(
+                model,
+                tokenizer,
+                job.output_dir / "adapter",
+                config=adapter_config(record, layers=model.hf.config.num_hidden_layers),
+                is_writer=job.ranks.is_first,
+                card=partial(model_card, job.output_dir, step, library="peft"),
+            )
     except (OSError, ValueError) as reason:
         error = str(reason)
     raise_together(error)

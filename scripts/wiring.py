@@ -20,7 +20,14 @@ from models.build import (
 )
 from models.flops import training_flops
 from scripts import reporting
-from scripts.batching import batch_sizes, gather_data, open_batches, open_stream, total_ledger
+from scripts.batching import (
+    batch_sizes,
+    gather_data,
+    open_batches,
+    open_stream,
+    slices,
+    total_ledger,
+)
 from scripts.config import TrainConfig, output_folder
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
 from scripts.job import Job
@@ -32,6 +39,7 @@ from scripts.modelling import (
     save_model_files,
     training_loss,
 )
+from scripts.partial import flops_of_part, part_record
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -48,7 +56,7 @@ from trainer.guards import Guards, explain
 from trainer.hardware import choose_device, configure, peak_flops
 from trainer.loop import Progress, Speedometer, train
 from trainer.metrics import MetricsWriter
-from trainer.optimizer import build_optimizer, learning_rate_at
+from trainer.optimizer import build_optimizer, learning_rate_at, state_bytes
 from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
 from trainer.preemption import Stopped, StopRequest, end_stopped_siblings
@@ -135,7 +143,8 @@ def _run(job: Job, at_end: ExitStack) -> int:
     )
     at_end.callback(checkpointer.close)
     settings = lasting_settings(job, mixture, tokenizer, model, steps)
-    progress, states = resume(job, checkpointer, settings, mixture)
+    part = part_record(job, model)
+    progress, states = resume(job, checkpointer, settings, mixture, part)
     batches = (
         open_stream(job, tokenizer, states)
         if mixture is None
@@ -143,7 +152,11 @@ def _run(job: Job, at_end: ExitStack) -> int:
     )
 
     def save(now: Progress) -> None:
-        state: dict[str, Any] = {"samples": now.samples, "settings": settings}
+        state: dict[str, Any] = {
+            "samples": now.samples,
+            "settings": settings,
+            "partial": part,
+        }
         if isinstance(batches, StreamedBatches):
             state["stream"] = gather_data(job, batches.state)
         elif mixture is not None and ranks.is_first:
@@ -156,14 +169,14 @@ def _run(job: Job, at_end: ExitStack) -> int:
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_first else lambda _: None
     say(reporting.header(job, model, weights, mixture, steps, progress))
     if config.dry_run:
-        say(plan_table(model, config.parallel))
+        say(plan_table(model, config.parallel, state_bytes(optimizer, config.optimizer)))
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
     raise_together(
-        reporting.write_run_files(job, mesh, weights, mixture) if ranks.is_first else None
+        reporting.write_run_files(job, model, mesh, weights, mixture) if ranks.is_first else None
     )
     raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
-    micro_batches = iter(batches)
+    micro_batches = slices(job, batches)
     if progress.step == 0 and weights is not None:
         micro_batches = judge_first_loss(job, model, micro_batches, say)
 
@@ -241,7 +254,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
                 watchdog=watchdog,
             ),
             speedometer=Speedometer(
-                flops=partial(training_flops, model.hf.config),
+                flops=partial(training_flops, model.hf.config, **flops_of_part(config, model)),
                 peak_flops=None if peak is None else peak * ranks.world_size,
             ),
             parallel=config.parallel,

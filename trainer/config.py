@@ -37,6 +37,9 @@ class ParallelConfig:
     prefetch_layers: int = 2
     """All-gathers on GPUs start this many layers ahead, so that they hide behind compute; each layer ahead holds its gathered parameters. 0 leaves it to FSDP."""
 
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which trained parameters and their gradients are kept, sharded; bfloat16 halves both, and every update is rounded (optimizer.rounding)."""
+
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the gathered parameters and of the computation."""
 
@@ -48,6 +51,9 @@ class ParallelConfig:
 
     checkpoint_every: int = 2
     """With selective activation checkpointing: one decoder layer of this many is recomputed."""
+
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Compute the linear layers of the decoder layers in float8 by torchao (the extra [torchao]), with one scale per tensor or per row; needs a GPU of capability 8.9 (H100: 9.0) or more."""
 
     compile: bool = False
     """Compile each decoder layer with torch.compile."""
@@ -84,8 +90,11 @@ class OptimizerConfig:
     head_lr_ratio: float = 1.0
     """The learning rate of a head that is not tied to the embedding, as a multiple of learning_rate."""
 
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which running averages are kept between steps; bfloat16 halves them and rounds stochastically."""
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type in which running averages are kept between steps: bfloat16 halves them; int8 quarters them (needs torchao, the extra [torchao])."""
+
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How parameters and running averages that are kept in bfloat16 are rounded after a step; to nearest, small updates are lost."""
 
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this value; 0 does not clip."""
@@ -133,8 +142,8 @@ class CheckpointConfig:
     mirror: str | None = None
     """URL of a folder of any store that fsspec opens (s3://bucket/run) to which every checkpoint is copied; a run that finds a newer one there than in output_dir continues from it."""
 
-    export: bool = True
-    """Write a Hugging Face model to OUTPUT_DIR/export at the end."""
+    export: bool | Literal["adapter", "both"] = True
+    """Write a Hugging Face model to OUTPUT_DIR/export at the end, adapters merged into it; adapter writes them alone, in peft's format, to OUTPUT_DIR/adapter; both writes both."""
 
     verify_export: bool = True
     """Read every file of the export again and compare it, by SHA-256, with what it should hold; costs one more read."""

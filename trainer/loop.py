@@ -17,7 +17,7 @@ from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.distributed import max_over_ranks, sum_over_ranks
 from trainer.guards import Guards
 from trainer.hardware import peak_memory_gib
-from trainer.optimizer import clip_gradients, set_learning_rate
+from trainer.optimizer import clip_gradients, rounding_metrics, set_learning_rate
 from trainer.parallel import set_gradient_sync
 from trainer.preemption import StopRequest
 
@@ -93,12 +93,11 @@ def train(
         save: called after every `save_every`-th step, after the last, and before stopping on request.
         save_every: 0 for only at the end.
         log: gets one dictionary per `log_every` steps, on every rank.
-        log_every: steps.
         advance: called after every step with it, its seconds, and those of them spent waiting for batches.
         stop: polled once per step.
         guards: decide whether a step counts, and end a run that went wrong.
         speedometer: turns counts into `mfu_pct`.
-        parallel: of its axes, ranks along `cp` and `tp` have the same batches, those along `tp` also the same loss.
+        parallel: of its axes, ranks along `cp` and `tp` have the same rows and counts, those along `tp` also the same loss.
 
     Returns:
         True when everything was done, False when a stop was requested: then all steps up to it are saved.
@@ -150,6 +149,7 @@ def train(
                     "learning_rate": learning_rate(step),
                     "skipped_steps": guards.skipped,
                     "loss_spikes": guards.count_spikes(window.losses),
+                    **rounding_metrics(optimizer),
                 }
             )
             window = Window(speedometer, loss_copies=parallel.tp)

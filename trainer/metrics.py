@@ -19,6 +19,7 @@ TENSORBOARD_GROUPS = {
     "loss": "train",
     "grad_norm": "train",
     "learning_rate": "train",
+    "update_rounded_to_zero_pct": "train",
     "router_aux_loss": "train",
     "expert_load_max_ratio": "train",
     "expert_load_idle_pct": "train",

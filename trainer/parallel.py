@@ -1,14 +1,16 @@
 """Sharding from outside: a plain single-device module becomes a sharded one, in a fixed order.
 
-Activation checkpointing, then compile, then `fully_shard`: hooks of FSDP stay outside of what is recomputed or
-compiled, and parameter names never change.
+Tensor parallelism, float8, then compile, then activation checkpointing, then `fully_shard`: what is compiled is recomputed
+as a whole, hooks of FSDP stay outside of both, and parameter names never change.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,10 +33,12 @@ from torch.distributed.fsdp.wrap import (
     transformer_auto_wrap_policy,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from trainer.config import ParallelConfig
 from trainer.errors import TrainError
+from trainer.precision import compute_in_float8
 
 # The protocol of torch.distributed.fsdp.wrap: called once with recurse=True (go into this module's children?), once
 # with recurse=False (make it a group, given how many of its parameters its children have not taken?).
@@ -49,13 +53,19 @@ class DataRank:
 
     rank: int
     size: int
+    part: int
+    """Along `cp`: which of `parts` slices of every row; ranks along `tp` work on the same."""
+    parts: int
 
 
 def data_rank(config: ParallelConfig, *, rank: int, world_size: int) -> DataRank:
     """The place of `rank` along `dp_replicate` and `dp_shard`; raises as `mesh_sizes`."""
     sizes = mesh_sizes(config, world_size=world_size)
     return DataRank(
-        rank // (sizes["cp"] * sizes["tp"]), size=sizes["dp_replicate"] * sizes["dp_shard"]
+        rank=rank // (sizes["cp"] * sizes["tp"]),
+        size=sizes["dp_replicate"] * sizes["dp_shard"],
+        part=rank // sizes["tp"] % sizes["cp"],
+        parts=sizes["cp"],
     )
 
 
@@ -91,17 +101,18 @@ def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> 
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
+def fsdp_mesh(mesh: DeviceMesh, *, tp: bool = False) -> DeviceMesh:
     """The axes of FSDP: parameters are sharded over the last, and replicated over the first of two.
 
-    Ranks along `cp` share the parameters like those along `dp_shard`: all of them reduce gradients together.
+    Ranks along `cp` share the parameters like those along `dp_shard`: all of them reduce gradients together. So do with
+    `tp` those along `tp`, for parameters that tensor parallelism leaves whole: their gradients are alike there, and so
+    is the average.
     """
-    shard = "dp_shard"
-    if mesh["cp"].size() > 1:
-        shard = "dp_shard_cp"
-        mesh["dp_shard", "cp"]._flatten(shard)
+    axes = [name for name in ("cp", "tp") if mesh[name].size() > 1 and (tp or name == "cp")]
+    shards = mesh["dp_shard", *axes]._flatten("_".join(["dp_shard", *axes]))
     # A mesh of (1, n) must not all-reduce over a single replica.
-    return mesh[shard] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", shard]
+    replicas = mesh["dp_replicate"]
+    return shards if replicas.size() == 1 else DeviceMesh._concatenate([replicas, shards])
 
 
 def wrap_policy(
@@ -218,25 +229,39 @@ def parallelise(
     layer_classes: Collection[type[nn.Module]],
     root_parameters: Collection[nn.Parameter] = (),
     forward_methods: Iterable[str] = (),
+    layer_plan: Mapping[str, ParallelStyle] | None = None,
 ) -> list[nn.Module]:
-    """Apply activation checkpointing, compile and FSDP2 to `model`, in place.
+    """Apply tensor parallelism, masters' type, float8, compile, activation checkpointing and FSDP2, in place.
 
     Args:
-        model: fp32 parameters, real or on the meta device.
+        model: fp32 parameters, real or on the meta device; those that are trained get `config.master_dtype`.
         config: policy, precision, resharding, offloading, what is recomputed.
         mesh: from `build_mesh`.
         layer_classes: the decoder layers: what is recomputed and what is compiled.
         root_parameters: see `select_groups`.
         forward_methods: methods of `model`, beside `forward`, that run the model.
+        layer_plan: how modules of a decoder layer, by their name in it, are split over `tp`.
 
     Returns:
         The groups that were sharded, the root last.
     """
     layers = [module for module in model.modules() if isinstance(module, tuple(layer_classes))]
-    checkpoint_activations(layers, config)
-    if config.compile:
+    if config.tp > 1:
+        # Every rank would say that gathering a parameter of both axes, as for an export, takes two steps, and that
+        # what a group of less than a layer returns must not be changed in place: transformers does not.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         for layer in layers:
-            layer.compile()
+            # Every rank has the same whole parameters, or none yet: each takes its part of its own.
+            parallelize_module(layer, mesh["tp"], dict(layer_plan or {}), src_data_rank=None)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != DTYPES[config.master_dtype]:
+            parameter.data = parameter.data.to(DTYPES[config.master_dtype])
+    if config.float8 != "none":
+        compute_in_float8(layers, config.float8)
+    if config.compile:
+        compile_layers(layers)
+    checkpoint_activations(layers, config)
     groups = [
         *select_groups(
             model,
@@ -245,19 +270,21 @@ def parallelise(
         ),
         model,
     ]
-    param_dtype = DTYPES[config.param_dtype]
     precision = MixedPrecisionPolicy(
-        param_dtype=None if param_dtype == torch.float32 else param_dtype,
-        reduce_dtype=DTYPES[config.reduce_dtype],
+        param_dtype=DTYPES[config.param_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
     )
     on_gpu = mesh.device_type == "cuda"
     # Pinned memory is copied while the GPU computes.
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
-    shards = fsdp_mesh(mesh)
+    over_tp, beside_tp = fsdp_mesh(mesh, tp=True), fsdp_mesh(mesh)
     for group in groups:
+        # What the groups inside it have taken lies on a mesh with dp_shard by now.
+        split = any(
+            isinstance(p, DTensor) and p.device_mesh == mesh["tp"] for p in group.parameters()
+        )
         fully_shard(
             group,
-            mesh=shards,
+            mesh=beside_tp if split else over_tp,
             mp_policy=precision,
             # Backward needs the root's parameters at once: freeing them after forward would only gather them twice.
             reshard_after_forward=False if group is model else config.reshard_after_forward,
@@ -268,6 +295,12 @@ def parallelise(
     if on_gpu:
         set_prefetch(layers, config.prefetch_layers)
     return groups
+
+
+def compile_layers(layers: Sequence[nn.Module], *, backend: str = "inductor") -> None:
+    """Compile the forward of each of `layers`, for the shapes it meets; hooks, FSDP's too, run outside."""
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend)
 
 
 def checkpoint_activations(layers: Sequence[nn.Module], config: ParallelConfig) -> None:
@@ -322,9 +355,11 @@ class PlanRow:
     """Name of the module in the model; the root is `(root)`."""
     parameters: int
     master_bytes: int
-    """Of fp32 masters on the rank that holds most of them; gradients are as many, AdamW's state twice as many."""
+    """Of what is kept, masters or frozen weights, on the rank that holds most of it."""
+    trained_bytes: int
+    """Of the masters among them; gradients are as many."""
     gathered_bytes: int
-    """While the group computes."""
+    """While the group computes; of what tensor parallelism splits, a rank's part."""
 
 
 def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
@@ -341,20 +376,26 @@ def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
                 group=name or "(root)",
                 parameters=numel,
                 master_bytes=sum(_largest_shard(p) * p.element_size() for p in parameters),
-                gathered_bytes=numel * DTYPES[config.param_dtype].itemsize,
+                trained_bytes=sum(
+                    _largest_shard(p) * p.element_size() for p in parameters if p.requires_grad
+                ),
+                gathered_bytes=sum(_largest_shard(p, of="tp") for p in parameters)
+                * DTYPES[config.param_dtype].itemsize,
             )
         )
     return rows[::-1]
 
 
-def _largest_shard(parameter: nn.Parameter) -> int:
-    """Elements on the first rank, which holds the most where the first dimension cannot be divided."""
+def _largest_shard(parameter: nn.Parameter, *, of: str | None = None) -> int:
+    """Elements on the first rank, which holds the most where a dimension cannot be divided; split over all axes or one."""
     assert isinstance(parameter, DTensor)
-    shards = 1
-    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
-        shards *= size if placement.is_shard() else 1
-    rows = parameter.shape[0]
-    return -(-rows // shards) * (parameter.numel() // rows)
+    mesh, sizes = parameter.device_mesh, list(parameter.shape)
+    axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
+    for name, ranks, placement in reversed(list(axes)):  # tp split it first
+        if of in (None, name) and not placement.is_replicate():
+            dim: int = getattr(placement, "dim")  # noqa: B009  # of both kinds of shards
+            sizes[dim] = -(-sizes[dim] // ranks)
+    return math.prod(sizes)
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
@@ -363,16 +404,3 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
         model.set_is_last_backward(last)
-
-
-def precision_table(
-    config: ParallelConfig, *, state_dtype: str, export_dtype: str
-) -> dict[str, str]:
-    """The precision contract of a run, for people and for run.json."""
-    return {
-        "masters": "float32",
-        "optimizer state": state_dtype,
-        "compute and all-gather": config.param_dtype,
-        "reduction": config.reduce_dtype,
-        "export": export_dtype,
-    }

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.embedded import build_tokenizer
 from models.build import (
+    CONFIG_CLASSES,
     build_model,
     check_first_loss,
     check_fits,
@@ -22,7 +23,13 @@ from models.build import (
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.weights import load_weights
-from tests.support.models import VOCABULARY, save_checkpoint, tiny_config
+from tests.support.models import (
+    VOCABULARY,
+    packed_batch,
+    random_documents,
+    save_checkpoint,
+    tiny_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +92,7 @@ def test_an_override_of_an_unknown_key_is_refused(
         ("{", "not a model configuration"),
         ("[1]", "not a model configuration"),
         ("{}", "not a model configuration"),
-        ('{"model_type": "llama"}', "model_type 'llama'; this trainer knows qwen2, qwen3"),
+        ('{"model_type": "llama"}', "model_type 'llama'; this trainer knows qwen2, qwen2_moe, "),
     ],
 )
 def test_a_folder_that_is_no_known_model_is_refused(
@@ -112,6 +119,49 @@ def test_sliding_windows_need_sdpa(tmp_path: Path, tokenizer: PreTrainedTokenize
         read_model_config(ModelConfig(), tmp_path, tokenizer)
     read = read_model_config(ModelConfig(attention="sdpa"), tmp_path, tokenizer)
     assert read.layer_types == config.layer_types
+
+
+def test_a_window_without_layer_types_is_found(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_config("qwen3_moe", use_sliding_window=True, sliding_window=4).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"--model\.attention sdpa"):
+        read_model_config(ModelConfig(), tmp_path, tokenizer)
+    assert read_model_config(ModelConfig(attention="sdpa"), tmp_path, tokenizer).sliding_window == 4
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_a_vision_language_configuration_gives_its_text_model(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str
+) -> None:
+    text = tiny_config(kind, tied=False).to_dict()
+    for outside, inside in ((True, False), (False, True), (False, False), (None, True)):
+        values = {"model_type": kind.removesuffix("_text"), "vision_config": {"depth": 1}}
+        values["text_config"] = text | {"tie_word_embeddings": inside}
+        if outside is not None:
+            values["tie_word_embeddings"] = outside
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        config = read_model_config(ModelConfig(), tmp_path, tokenizer)
+        assert type(config) is CONFIG_CLASSES[kind]
+        assert config.tie_word_embeddings == bool(outside or inside)
+    assert config.layer_types == text["layer_types"] and config.hidden_size == 32
+    deeper = ModelConfig(init="random", overrides={"num_hidden_layers": 5})
+    config = read_model_config(deeper, tmp_path, tokenizer)
+    assert config.layer_types == [*["linear_attention"] * 3, "full_attention", "linear_attention"]
+
+
+def test_the_weight_of_the_balancing_loss(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_config("qwen3_moe", router_aux_loss_coef=0.25).save_pretrained(tmp_path)
+    read = [
+        read_model_config(ModelConfig(router_aux_loss_coef=value), tmp_path, tokenizer)
+        for value in (None, 0.0, 0.5)
+    ]
+    assert [config.router_aux_loss_coef for config in read] == [0.25, 0.0, 0.5]
+    for value, line in ((-0.1, "below 0"), (0.5, "the built-in model is dense; leave it out")):
+        with pytest.raises(ModelError, match=f"model.router_aux_loss_coef .*{line}"):
+            read_model_config(ModelConfig(router_aux_loss_coef=value), None, tokenizer)
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers(
@@ -166,11 +216,36 @@ def test_from_meta_to_loaded_on_one_process(tmp_path: Path, kind: str, tied: boo
         assert torch.equal(model.eval().hf(input_ids=ids).logits, reference(input_ids=ids).logits)
 
 
-def test_the_decoder_layers_are_found() -> None:
-    for kind in ("qwen2", "qwen3"):
-        model = build_model(tiny_config(kind), attention="packed", seed=None)
-        (layer,) = decoder_layer_classes(model)
-        assert layer is type(model.hf.base_model.layers[0])
+@pytest.mark.parametrize("kind", CONFIG_CLASSES)
+def test_a_materialised_model_has_every_buffer_of_a_built_one(kind: str) -> None:
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+    for changes in ({}, {"rope_parameters": scaled}):
+        config = tiny_config(kind, **changes)
+        model = build_model(config, attention="packed", seed=None)
+        materialise(model, torch.device("cpu"))
+        expected = dict(build_model(config, attention="packed", seed=0).named_buffers())
+        buffers = dict(model.named_buffers())
+        assert buffers.keys() == expected.keys() and buffers
+        for name, buffer in buffers.items():
+            assert torch.equal(buffer, expected[name]), name
+
+
+@pytest.mark.parametrize("kind", CONFIG_CLASSES)
+def test_the_decoder_layers_are_found(kind: str) -> None:
+    model = build_model(tiny_config(kind), attention="packed", seed=None)
+    (layer,) = decoder_layer_classes(model)
+    assert layer is type(model.hf.base_model.layers[0])
+
+
+def test_experts_are_one_product_where_their_width_allows_it() -> None:
+    for width, implementation in ((16, "grouped_mm"), (12, "eager")):
+        model = build_model(
+            tiny_config("qwen3_moe", moe_intermediate_size=width), attention="packed", seed=0
+        )
+        assert model.hf.config._experts_implementation == implementation
+        batch = packed_batch([random_documents([9, 14])], 24)
+        logits = model.bfloat16()(batch)
+        assert bool(logits.isfinite().all())
 
 
 def test_the_first_loss_of_weights_that_know_nothing() -> None:

@@ -35,7 +35,7 @@ from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
 from models.export import export_model, staged, write_model_files
 from models.names import stored_parts
-from models.weights import LoadReport, export_tensors, load_weights
+from models.weights import LoadReport, export_tensors, init_weights, load_weights
 from scripts import export
 from tests.support.models import full, save_checkpoint, tiny_config
 from tests.support.ranks import run_ranks
@@ -54,6 +54,10 @@ def _empty(kind: str, **changes: Any) -> PackedCausalLM:
     return build_model(tiny_config(kind, **changes), attention="sdpa", seed=None)
 
 
+def _random(kind: str) -> PackedCausalLM:
+    return build_model(tiny_config(kind, vocab_size=512), attention="sdpa", seed=5)
+
+
 def _load(model: PackedCausalLM, folder: Path) -> LoadReport:
     materialise(model, CPU)
     return load_weights(model, folder)
@@ -69,16 +73,17 @@ def _rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Non
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _assert_equal(model: nn.Module, reference: nn.Module) -> None:
-    expected = dict(reference.named_parameters())
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == expected.keys()
-    for name, parameter in parameters.items():
-        assert torch.equal(parameter, expected[name]), name
+def _assert_equal(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
 
 
 def _load_and_write(folders: dict[str, Path], tokenizer_folder: Path, out: Path) -> Any:
-    """Load each family sharded; give back all parameters, an export of each and a checkpoint of the last."""
+    """Load each family sharded; give back all parameters, an export of each and a checkpoint of the last.
+
+    In between random weights are drawn, which are those of one process.
+    """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     is_writer = dist.get_rank() == 0
     found = {}
@@ -96,8 +101,14 @@ def _load_and_write(folders: dict[str, Path], tokenizer_folder: Path, out: Path)
         export_model(
             model, tokenizer, out / kind, dtype=torch.float32, is_writer=is_writer, source=folder
         )
+        init_weights(model, 5)
+        drawn = {name: full(tensor) for name, tensor in model.hf.named_parameters()}
+        _assert_equal(drawn, dict(_random(kind).hf.named_parameters()))
+        load_weights(model, folder)
     optimizer = torch.optim.AdamW(model.parameters())
-    Checkpointer(out / "run" / "checkpoints", model, optimizer, CheckpointConfig()).save(1, {})
+    checkpointer = Checkpointer(out / "run" / "checkpoints", model, optimizer, CheckpointConfig())
+    checkpointer.save(1, {})
+    checkpointer.wait()
     if is_writer:
         with staged(out / "run" / "model") as staging:
             write_model_files(staging, model, tokenizer, dtype=torch.float32, source=None)
@@ -119,11 +130,8 @@ def test_every_family_goes_through_shards_unchanged(
     arguments = folders, tmp_path / "tokenizer", tmp_path / "out"
     found, *_ = run_ranks(_load_and_write, world_size, *arguments)
     for kind, reference in references.items():
-        expected = dict(reference.named_parameters())
-        assert found[kind].keys() == expected.keys()
-        for name, parameter in found[kind].items():
-            assert torch.equal(parameter, expected[name]), name
-        _assert_same_files(tmp_path / "out" / kind, tmp_path / kind)
+        _assert_equal(found[kind], dict(reference.named_parameters()))
+        _assert_equal(_stored(tmp_path / "out" / kind), _stored(tmp_path / kind))
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / kind)
         with torch.no_grad():
             logits = loaded(input_ids=TOKENS).logits
@@ -131,14 +139,7 @@ def test_every_family_goes_through_shards_unchanged(
     # The checkpoint of the last family, with its experts in parts of several ranks.
     exported = tmp_path / "exported"
     assert export.main([str(tmp_path / "out" / "run"), str(exported), "--dtype=float32"]) == 0
-    _assert_same_files(exported, tmp_path / kind)
-
-
-def _assert_same_files(ours: Path, theirs: Path) -> None:
-    tensors, expected = _stored(ours), _stored(theirs)
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+    _assert_equal(_stored(exported), _stored(tmp_path / kind))
 
 
 def _placed(folders: dict[str, Path]) -> Any:
@@ -197,7 +198,7 @@ def test_fused_experts_on_disk_are_taken_as_they_are(tmp_path: Path, kind: str) 
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = _empty(kind)
     report = _load(model, tmp_path)
-    _assert_equal(model.hf, reference)
+    _assert_equal(dict(model.hf.named_parameters()), dict(reference.named_parameters()))
     assert report.converted == {} and sorted(report.loaded) == sorted(tensors)
 
 
@@ -213,7 +214,8 @@ def test_the_language_part_of_a_vision_language_checkpoint(tmp_path: Path) -> No
     names = _stored(tmp_path).keys()
     model = _empty("qwen3_5_text", tied=False)
     report = _load(model, tmp_path)
-    _assert_equal(model.hf, Qwen3_5ForCausalLM.from_pretrained(tmp_path, config=text))
+    reference = Qwen3_5ForCausalLM.from_pretrained(tmp_path, config=text)
+    _assert_equal(dict(model.hf.named_parameters()), dict(reference.named_parameters()))
     assert sorted(report.loaded + report.unused) == sorted(names)
     assert {name.split(".")[0] for name in report.loaded} == {"model", "lm_head"}
     assert {".".join(name.split(".")[:2]) for name in report.unused} == {

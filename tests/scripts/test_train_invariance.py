@@ -63,6 +63,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         pytest.param(2, ["--micro_batch_size=2"], id="2-ranks"),
         pytest.param(2, ["--micro_batch_size=1"], id="2-ranks-accumulated"),
         pytest.param(4, ["--micro_batch_size=1", "--parallel.dp_replicate=2"], id="hsdp"),
+        pytest.param(4, ["--micro_batch_size=1", "--parallel.tp=2"], id="tensor-parallel"),
         pytest.param(
             2,
             [
@@ -125,7 +126,11 @@ def test_losses_do_not_depend_on_how_the_work_is_spread(
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_losses(case: Case) -> None:
-    found = case.run("compiled", ["--micro_batch_size=2", "--parallel.compile=true"], 2)
+@pytest.mark.parametrize(
+    "args", [["--parallel.activation_checkpointing=full"], ["--parallel.tp=2"]]
+)
+def test_compiled_layers_give_the_same_losses(case: Case, args: list[str]) -> None:
+    args = ["--micro_batch_size=2", "--parallel.compile=true", *args]
+    found = case.run(f"compiled{args[-1].rpartition('=')[2]}", args, 2)
 
     assert found == pytest.approx(case.expected, rel=0, abs=1e-4)

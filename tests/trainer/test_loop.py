@@ -20,7 +20,13 @@ from tests.support.ranks import run_ranks
 from trainer.config import GuardConfig, OptimizerConfig
 from trainer.errors import TrainError
 from trainer.guards import Guards
-from trainer.loop import Progress, Speedometer, evaluate_loss, train
+from trainer.loop import (
+    LossFunction,
+    Progress,
+    Speedometer,
+    evaluate_loss,
+    train,
+)
 from trainer.optimizer import build_optimizer
 from trainer.preemption import StopRequest
 
@@ -62,10 +68,20 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str,
     return (model(batch["x"]).pow(2).sum(1) * batch["valid"]).sum(), {}
 
 
+def _loss_with_metrics(
+    model: nn.Module, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Twice the loss, of which half is to be logged; a sum over valid tokens; counts of two layers."""
+    loss, valid = _loss(model, batch)[0], batch["valid"]
+    counts = torch.stack([torch.bincount(valid, minlength=6)[:6].float(), torch.ones(6)])
+    return 2 * loss, {"loss": loss, "penalty": 3.0 * valid.sum(), "load": counts}
+
+
 class _Recorder:
     """A run of the loop over a tiny sharded model, and everything it called."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, loss_fn: LossFunction = _loss, **options: Any) -> None:
+        self.loss_fn = loss_fn
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
         fully_shard(self.model)
@@ -94,7 +110,7 @@ class _Recorder:
             self.model,
             self.optimizer,
             _batches(self.progress.samples, accumulate, broken),
-            loss_fn=_loss,
+            loss_fn=self.loss_fn,
             learning_rate=lambda step: 0.05 / step,
             optimizer_config=self.optimizer_config,
             progress=self.progress,
@@ -254,6 +270,34 @@ def test_T09_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all() -> None:
         assert "in 3 steps in a row, the last being step 7 (samples 48-53, 66-77)" in error
         assert events == [(step, "skipped_step") for step in (2, 3, 5, 6, 7)]
         assert calls == [("save", 5), ("save", 6)] and step == 6
+
+
+def _with_metrics(accumulate: int) -> Any:
+    plain, run = _Recorder(log_every=2), _Recorder(loss_fn=_loss_with_metrics, log_every=2)
+    plain.run(2, accumulate=accumulate)
+    run.run(2, accumulate=accumulate)
+    batches = list(itertools.islice(_batches(0, 1), 3))
+    losses = [
+        evaluate_loss(run.model, batches, loss_fn=loss_fn, device=CPU)
+        for loss_fn in (_loss, _loss_with_metrics)
+    ]
+    return plain.rows[0], run.rows[0], losses
+
+
+def test_what_a_loss_says_beside_its_sum_is_logged_over_ranks_and_steps() -> None:
+    for world_size, accumulate in ((1, 1), (2, 3)):
+        for plain, row, losses in run_ranks(_with_metrics, world_size, accumulate):
+            assert set(row) - set(plain) == {"penalty", "load_max_ratio", "load_idle_pct"}
+            # The gradient is that of what is returned; what is logged as the loss is the half of it. The first
+            # step is the same for both, and Adam's second does not see the factor.
+            assert row["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+            assert row["grad_norm"] == pytest.approx(2 * plain["grad_norm"], rel=1e-3)
+            assert row["penalty"] == pytest.approx(3)
+            # 24 samples: 0, 2, 4, 1, 3 valid tokens in turn and never 5.
+            counts = [sum(_sample(i)[1] == n for i in range(24)) for n in range(6)]
+            assert row["load_max_ratio"] == pytest.approx(6 * max(counts) / 24)
+            assert row["load_idle_pct"] == pytest.approx(100 / 12)
+            assert losses[0] == losses[1]
 
 
 def _stopped() -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import loss as loss_module
-from trainer.loss import linear_cross_entropy_sum
+from trainer.loss import linear_cross_entropy_sum, load_balancing_loss
 
 N, D, V = 37, 16, 53
 
@@ -28,6 +28,37 @@ def _reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     loss = F.cross_entropy(h @ w.T, targets, reduction="sum")
     return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+
+def test_the_balancing_loss_of_a_row_is_that_of_transformers_over_its_real_tokens() -> None:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    rows, length, experts, chosen = 3, 8, 5, 2
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(rows * length, experts, generator=generator) for _ in range(4)]
+    for layer in logits:
+        layer.requires_grad_()
+    tokens = torch.tensor([8, 5, 0])
+    losses, load = load_balancing_loss(logits, tokens, chosen)
+    expected = []
+    for row, real in enumerate((8, 5)):
+        part = tuple(x.unflatten(0, (rows, length))[row] for x in logits)
+        mask = (torch.arange(length) < real).unsqueeze(0)
+        expected.append(load_balancing_loss_func(part, experts, chosen, mask))
+    torch.testing.assert_close(losses, torch.stack([*expected, torch.tensor(0.0)]))
+    assert load.shape == (4, experts) and load.sum(1).tolist() == [chosen * 13.0] * 4
+    gradients = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+    for ours, theirs in zip(gradients, torch.autograd.grad(sum(expected), logits), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    # Rows apart give what rows together give.
+    apart = [
+        load_balancing_loss(
+            [x.unflatten(0, (rows, length))[row] for x in logits], tokens[row : row + 1], chosen
+        )
+        for row in range(rows)
+    ]
+    assert torch.equal(torch.cat([loss for loss, _ in apart]), losses)
+    assert torch.equal(sum(part for _, part in apart), load)
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 7, N - 1, N, 10 * N])
