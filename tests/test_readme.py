@@ -85,5 +85,5 @@ def test_flags_that_are_shown_exist() -> None:
         "docs/lora",
     ):
         text = (ROOT / f"{page}.md").read_text(encoding="utf-8")
-        shown = set(re.findall(r"(?<![\w-])--[a-z_]+(?:\.[a-z_]+)*", text))
+        shown = set(re.findall(r"(?<![\w-])--[a-z_]+(?:\.[a-z0-9_]+)*", text))
         assert shown - known - other == set(), page

@@ -28,13 +28,16 @@ from models.build import (
     materialise,
 )
 from models.causal_lm import PackedCausalLM
+from models.config import LoraConfig
 from models.context_parallel import check_context_parallel
 from models.errors import ModelError
 from models.export import export_model
 from models.layers import linear_attention_layers, sparse_layers
+from models.partial import freeze
 from models.tensor_parallel import tensor_parallel_plan
 from models.weights import load_weights
 from scripts.modelling import training_loss
+from tests.models.test_partial import CASES as LORA_CASES
 from tests.support.command import ROOT
 from tests.support.models import packed_batch, random_documents, save_checkpoint, tiny_config
 from tests.support.ranks import run_ranks
@@ -54,6 +57,7 @@ TABLE = {
     "loads": FAMILIES,
     "trains packed": ATTENDING,
     "trains unpacked": FAMILIES,
+    "LoRA": FAMILIES,
     "tensor parallel": ["qwen2", "qwen3"],
     "context parallel": ["qwen2", "qwen3"],
     "resumes": FAMILIES,
@@ -248,6 +252,16 @@ def test_what_cannot_be_packed_is_refused_with_the_remedy(kind: str) -> None:
     model = build_model(hf_config, attention="packed", seed=0)
     with pytest.raises(ValueError, match="can't keep packed sequences apart"):
         model(packed_batch([random_documents([12, 12])], SEQ_LEN))
+
+
+@pytest.mark.parametrize("kind", TABLE["LoRA"])
+def test_takes_adapters(kind: str) -> None:
+    """They are trained beside peft in test_partial.py."""
+    assert f"family {kind}" in LORA_CASES
+    model = build_model(tiny_config(kind), attention="packed", seed=None)
+    freeze(model, LoraConfig(rank=2), last_layers=0, dtype=torch.bfloat16)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
