@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from data.streaming import StreamedBatches
@@ -53,7 +52,7 @@ from trainer.distributed import Ranks, max_over_ranks, once, raise_together, sta
 from trainer.errors import PeerLostError, TrainError
 from trainer.goodput import Goodput, goodput_table
 from trainer.guards import Guards, explain
-from trainer.hardware import choose_device, configure, peak_flops
+from trainer.hardware import choose_device, configure, peak_flops, seed_generators
 from trainer.loop import Progress, Speedometer, train
 from trainer.metrics import MetricsWriter
 from trainer.optimizer import build_optimizer, learning_rate_at, state_bytes
@@ -126,7 +125,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
     mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
     # What a model draws while training differs by rank, but not on ranks that compute together.
-    torch.manual_seed(config.seed + ranks.rank // config.parallel.tp)
+    seed_generators(config.seed + ranks.rank // config.parallel.tp)
     optimizer = build_optimizer(
         model,
         config.optimizer,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import time
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from trainer.errors import TrainError
@@ -103,3 +105,10 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kibibytes on Linux
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every generator whose state a checkpoint keeps: Python's, numpy's, torch's on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

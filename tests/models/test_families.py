@@ -39,13 +39,15 @@ from models.weights import load_weights
 from scripts.modelling import training_loss
 from tests.models.test_partial import CASES as LORA_CASES
 from tests.support.command import ROOT
+from tests.support.guards import plain_guards
 from tests.support.models import packed_batch, random_documents, save_checkpoint, tiny_config
 from tests.support.ranks import run_ranks
 from trainer.checkpoint import Checkpointer
 from trainer.config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from trainer.loop import Progress, Speedometer, StopRequest, train
+from trainer.loop import Progress, Speedometer, train
 from trainer.optimizer import build_optimizer
 from trainer.parallel import build_mesh, parallelise
+from trainer.preemption import StopRequest
 
 pytestmark = pytest.mark.distributed
 
@@ -153,8 +155,9 @@ class _Run:
             save_every=SAVED,
             log=rows.append,
             log_every=1,
-            advance=lambda: None,
+            advance=lambda *_: None,
             stop=StopRequest(),
+            guards=plain_guards(self.model, self.optimizer),
             speedometer=Speedometer(lambda *counts: 0.0, None),
         )
         return rows

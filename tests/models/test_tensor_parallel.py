@@ -22,6 +22,7 @@ from models.export import export_model
 from models.generation import generate_answers
 from models.tensor_parallel import tensor_parallel_plan
 from models.weights import load_weights
+from tests.support.guards import plain_guards
 from tests.support.models import (
     full,
     packed_batch,
@@ -33,10 +34,11 @@ from tests.support.models import (
 from tests.support.ranks import run_ranks
 from trainer.checkpoint import Checkpointer
 from trainer.config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from trainer.loop import Progress, Speedometer, StopRequest, evaluate_loss, train
+from trainer.loop import Progress, Speedometer, evaluate_loss, train
 from trainer.loss import causal_lm_loss
 from trainer.optimizer import build_optimizer, clip_gradients
 from trainer.parallel import build_mesh, data_rank, describe_plan, parallelise
+from trainer.preemption import StopRequest
 
 CPU = torch.device("cpu")
 ADAMW, MUON = OptimizerConfig(learning_rate=1e-2), OptimizerConfig(learning_rate=1e-2, name="muon")
@@ -108,8 +110,9 @@ def _train(
         save_every=0,
         log=rows.append,
         log_every=1,
-        advance=lambda: None,
+        advance=lambda *_: None,
         stop=StopRequest(),
+        guards=plain_guards(model, optimizer),
         speedometer=Speedometer(lambda tokens, labels, squares: tokens, None),
         parallel=config,
     )

@@ -49,7 +49,7 @@ def test_linear_attention_and_experts_from_a_vision_language_folder_to_an_export
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert "would carry one document of a packed row into the next; use --data.packing none" in line
-    assert not (cache_dir / "tokens").exists() and not (tmp_path / "packed").exists()
+    assert not (cache_dir / "tokens").exists() and not (tmp_path / "packed" / "run.json").exists()
 
     flags = _flags(model, chat, "--data.packing=none", "--model.router_aux_loss_coef=0.1")
     found = {}
