@@ -8,6 +8,7 @@ Exit codes: 0 finished; 128 + n stopped by signal n; otherwise that of the first
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -29,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
+
+    # What it says of ranks that end is said below, in one line.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
 
     try:
         run(parse_args([*DEFAULTS, *(sys.argv[1:] if argv is None else argv)]))
