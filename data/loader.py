@@ -256,3 +256,21 @@ def assemble(
         "counts": torch.tensor(counts),
         "sample_index": torch.from_numpy(sample_index),
     }
+
+
+def slice_sequence(batch: Batch, rank: int, size: int) -> Batch:
+    """What rank `rank` of `size` ranks that share every row (context parallelism) holds of a micro-batch.
+
+    That is S / size consecutive tokens of each row: input_ids, labels and position_ids [B, S / size],
+    and label_positions in these. Labels are shifted already, so no token needs its neighbour in another
+    slice. The rest stays that of the whole rows. `size` divides S.
+    """
+    shape = batch["input_ids"].shape
+    part = {
+        name: tensor.chunk(size, dim=1)[rank].contiguous() if tensor.shape == shape else tensor
+        for name, tensor in batch.items()
+    }
+    part["label_positions"] = (part["labels"].flatten() != IGNORE_INDEX).nonzero().flatten()
+    # A slice of pinned memory need not be pinned itself, and the host waits where a copy to a GPU begins in other.
+    pinned = batch["input_ids"].is_pinned()
+    return {name: tensor.pin_memory() if pinned else tensor for name, tensor in part.items()}

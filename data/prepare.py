@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -360,9 +361,9 @@ def _write_in_processes(
 
 
 def _work(task: Task, numbers: Sequence[int], pipe: Connection) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # ctrl-C is answered by the parent, which ends this
+    # Ctrl-C is answered by the parent, which ends this one: by an exception, so that no unfinished part stays.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         for number in numbers:

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import AttentionInterface
+
+from models.context_parallel import heads_for_tokens, tokens_for_heads
 
 PACKED_ATTENTION = "packed_documents"
 
@@ -23,6 +26,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     document_offsets: Tensor,
+    cp_group: ProcessGroup | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: object,
@@ -37,15 +41,19 @@ def packed_attention(
         attention_mask: not used; the documents are given by their offsets.
         document_offsets: [M + 1] int32, cumulative document lengths over the B * S flattened tokens, from 0 to B * S.
             A row border is a document border. Repeated offsets (empty documents) are allowed.
+        cp_group: ranks that share the rows: S is this rank's slice of them, the offsets are those of the whole rows.
         scaling: factor on the scores; default H ** -0.5.
         dropout: probability of dropping an attention weight.
 
     Returns:
         [B, S, N, H] and no attention weights.
     """
-    rows, _heads, length, _width = query.shape
-    # [B, N, S, H] -> [B * S, N, H]: rows simply follow each other, the offsets keep them apart.
-    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if cp_group is not None:
+        query, key, value = heads_for_tokens(query, key, value, cp_group)
+    rows, length = query.shape[:2]
+    # [B, S, N, H] -> [B * S, N, H]: rows simply follow each other, the offsets keep them apart.
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
     if query.is_cuda and query.dtype != torch.float32:
         # The flash kernel takes the offsets as a tensor: nothing is copied to the host. It has no fp32 version.
         from torch.nn.attention.varlen import varlen_attn
@@ -66,7 +74,8 @@ def packed_attention(
     else:
         attend = _attention_per_document
         output = attend(query, key, value, document_offsets, scaling, dropout)
-    return output.unflatten(0, (rows, length)), None
+    output = output.unflatten(0, (rows, length))
+    return output if cp_group is None else tokens_for_heads(output, cp_group), None
 
 
 @torch.compiler.disable  # the shapes depend on the data; compiled, every batch would need a new graph

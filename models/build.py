@@ -29,6 +29,7 @@ from models.causal_lm import PackedCausalLM
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.layers import has_sliding_window, linear_attention_layers, sparse_layers
+from models.token_rows import HeadWithRows
 from models.weights import init_weights
 
 JUDGED_PARAMETERS = 10_000_000  # the smallest Qwen has some 500 million
@@ -261,7 +262,10 @@ def decoder_layer_classes(model: PackedCausalLM) -> tuple[type[nn.Module], ...]:
 def tie_head(model: PackedCausalLM) -> None:
     """Make the head's weight the embedding's parameter again where the configuration ties them."""
     if model.hf.config.tie_word_embeddings:
-        model.head.weight = cast(nn.Parameter, model.hf.get_input_embeddings().weight)
+        embedding, head = model.embedding, model.head
+        head.weight = cast(nn.Parameter, embedding.weight)
+        if isinstance(head, HeadWithRows):
+            head.token_rows = cast(nn.Parameter, embedding.token_rows)
 
 
 def first_loss_counts(choice: str, parameters: int) -> bool:

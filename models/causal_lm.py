@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from models.attention import PACKED_ATTENTION
 from models.layers import linear_attention_layers
+from models.token_rows import head_weight
 
 Batch = Mapping[str, Tensor]
 
@@ -30,6 +32,8 @@ class PackedCausalLM(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
+        self.cp_group: ProcessGroup | None = None
+        """Ranks that share every row: `forward` then gets this rank's slice of it, and `document_offsets` of the whole."""
         self._linear_attention = bool(linear_attention_layers(hf.config))
 
     def forward(
@@ -56,10 +60,12 @@ class PackedCausalLM(nn.Module):
         output = self.hf.base_model(
             **inputs,
             attention_mask=None,  # a mask of ones would switch transformers' own document detection off
+            cp_group=self.cp_group,
             use_cache=False,
             **({"output_router_logits": True} if router_logits else {}),
         )
-        hidden, weight = output.last_hidden_state.view(rows, length, -1), self.head.weight
+        hidden = output.last_hidden_state.view(rows, length, -1)
+        weight = head_weight(self.head)
         result = F.linear(hidden, weight) if head is None else head(hidden, weight)
         return (result, output.router_logits) if router_logits else result
 
@@ -70,9 +76,16 @@ class PackedCausalLM(nn.Module):
         assert isinstance(head, nn.Linear)
         return head
 
+    @property
+    def embedding(self) -> nn.Embedding:
+        embedding = self.hf.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        return embedding
+
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' `generate`; under FSDP it is entered like a forward (`register_fsdp_forward_method`)."""
-        with dense_attention(self.hf):
+        # Every token of an answer has another shape: compiled layers would be compiled for each.
+        with dense_attention(self.hf), torch.compiler.set_stance("force_eager"):
             return self.hf.generate(*args, **kwargs)  # type: ignore[operator]  # from GenerationMixin
 
 

@@ -48,3 +48,29 @@ class ModelConfig:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Floating-point type of the exported safetensors."""
+
+    train_last_layers: int = 0
+    """Train only this many decoder layers, counted from the end, with the final norm and a head that is not tied to the embedding; with lora.rank, the layers that get adapters. 0 trains all."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685) on frozen pretrained weights, through peft."""
+
+    rank: int = 0
+    """Width of an adapter; with 0 there are none and the weights themselves are trained."""
+
+    alpha: int = 32
+    """What an adapter adds is multiplied by alpha / rank."""
+
+    dropout: float = 0.0
+    """Probability with which an adapter's inputs are dropped while training."""
+
+    targets: tuple[str, ...] = ("all-linear",)
+    """Linear layers that get an adapter, by the last part of their names, for example [q_proj, v_proj]; all-linear is every one in the decoder layers."""
+
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
+
+    dora: bool = False
+    """Also train the norm of each row of an adapted matrix (https://arxiv.org/abs/2402.09353); a forward costs more."""

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,10 +23,15 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from models.build import build_model
 from models.causal_lm import PackedCausalLM
+from models.config import LoraConfig
 from models.errors import ModelError
 from models.names import Part, stored_parts
+from models.partial import merged, trained_tokens, write_adapter
 from models.tokenizer import stop_token_ids
-from models.weights import INDEX_FILE, SINGLE_FILE, export_tensors
+from models.weights import INDEX_FILE, SINGLE_FILE, export_tensors, pretrained_name
+
+if TYPE_CHECKING:
+    import peft
 
 MAX_SHARD_BYTES = 4 * 2**30
 CARD_FILE = "README.md"
@@ -41,6 +46,7 @@ def export_model(
     *,
     dtype: torch.dtype,
     is_writer: bool,
+    lora: LoraConfig = LoraConfig(),  # noqa: B008  # frozen
     source: Path | None = None,
     card: Callable[[], str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -57,6 +63,7 @@ def export_model(
         folder: where the export goes.
         dtype: floating-point type on disk.
         is_writer: True on exactly one rank.
+        lora: what the model's adapters were made with; they are merged.
         source: folder of the model that was trained; its sampling settings are kept.
         card: gives the text of the model card; called on the writer.
         max_shard_bytes: a new file is begun when one would grow beyond this.
@@ -66,13 +73,14 @@ def export_model(
         ModelError: on the writer, when a file cannot be written or does not hold what was written. The gathering is
             finished first, so that the other ranks are not left waiting.
     """
+    held = {pretrained_name(name) or name: tensor for name, tensor in model.hf.state_dict().items()}
+    read = merged(lambda name: _whole(held[name]), held, lora, trained_tokens(model))
     tensors = export_tensors(model)
     waiting = dict.fromkeys(tensors)
 
     def gather(name: str) -> Tensor:
         del waiting[name]
-        tensor = tensors[name]
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        return read(name)
 
     try:
         if is_writer:
@@ -91,6 +99,52 @@ def export_model(
     finally:
         for name in list(waiting):
             gather(name)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def export_adapter(
+    model: PackedCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    config: peft.LoraConfig,
+    is_writer: bool,
+    card: Callable[[], str] | None = None,
+) -> None:
+    """Write a live model's adapters so that `PeftModel.from_pretrained` loads them; every rank must call this.
+
+    Raises:
+        ModelError: on the writer, when a file cannot be written.
+    """
+    tensors = {
+        name: _whole(tensor).cpu()
+        for name, tensor in model.hf.named_parameters()  # what is tied comes once
+        if pretrained_name(name) is None
+    }
+    if is_writer:
+        write_adapter_folder(
+            folder, tensors, tokenizer.save_pretrained, config=config, card=card and card()
+        )
+
+
+def write_adapter_folder(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    save_tokenizer: Callable[[Path], object],
+    *,
+    config: peft.LoraConfig,
+    card: str | None,
+    replace: bool = True,
+) -> None:
+    """Adapters, their configuration, tokenizer and model card; the folder appears at once, complete."""
+    with staged(folder, replace=replace) as staging:
+        write_adapter(staging, tensors, config)
+        save_tokenizer(staging)
+        if card is not None:
+            (staging / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 @contextmanager
@@ -181,6 +235,13 @@ def copy_model_files(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy of what `write_model_files` wrote the tokenizer alone."""
+    others = shutil.ignore_patterns("*.safetensors", INDEX_FILE, CARD_FILE, "*config.json")
+    shutil.copytree(source, folder, ignore=others, dirs_exist_ok=True)
+    shutil.copy(source / "tokenizer_config.json", folder)
 
 
 def empty_model(folder: Path) -> PackedCausalLM:

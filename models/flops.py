@@ -8,7 +8,14 @@ from models.layers import linear_attention_layers, sparse_layers
 
 
 def training_flops(
-    hf_config: PreTrainedConfig, tokens: float, labels: float, squared_lengths: float
+    hf_config: PreTrainedConfig,
+    tokens: float,
+    labels: float,
+    squared_lengths: float,
+    *,
+    front_layers: int = 0,
+    frozen: bool = False,
+    adapter_parameters: int = 0,
 ) -> float:
     """Model FLOPs of forward and backward: 2 per multiply-add, backward twice the forward, no recomputation.
 
@@ -24,22 +31,32 @@ def training_flops(
         tokens: real tokens, without padding.
         labels: tokens that are predicted; the loss computes logits for no other.
         squared_lengths: sum over documents of their squared length in tokens.
+        front_layers: frozen decoder layers before the first trained one, which have no backward.
+        frozen: the weights take no gradient, it only passes through them to adapters.
+        adapter_parameters: of low-rank adapters.
     """
     linear, sparse = linear_attention_layers(hf_config), sparse_layers(hf_config)
-    per_token = 0
+    # 2 in forward, 2 for the gradient of what goes in, 2 for that of the weight.
+    behind = 4 if frozen else 6
+    per_token = 6 * adapter_parameters
+    scores = 0.0
     for layer in range(hf_config.num_hidden_layers):
+        in_front = layer < front_layers
         if layer in linear:
-            per_token += _linear_attention_products(hf_config)
+            products = _linear_attention_products(hf_config)
         else:
-            per_token += _attention_weights(hf_config)
+            products = _attention_weights(hf_config)
+            product = 2 * _query_width(hf_config) * squared_lengths * 0.5
+            scores += (2 if in_front else 6) * product
         if layer in sparse:
-            per_token += _expert_weights(hf_config)
+            products += _expert_weights(hf_config)
         else:
-            per_token += 3 * hf_config.hidden_size * hf_config.intermediate_size
-    attending = hf_config.num_hidden_layers - len(linear)
-    scores = attending * 2 * _query_width(hf_config) * squared_lengths * 0.5
-    head = labels * hf_config.hidden_size * hf_config.vocab_size
-    return 6 * (tokens * per_token + head + scores)
+            products += 3 * hf_config.hidden_size * hf_config.intermediate_size
+        per_token += (2 if in_front else behind) * products
+    # A head that is the embedding is frozen with the layers in front.
+    head_frozen = frozen or (front_layers > 0 and hf_config.tie_word_embeddings)
+    head = (4 if head_frozen else 6) * labels * hf_config.hidden_size * hf_config.vocab_size
+    return tokens * per_token + head + scores
 
 
 def _query_width(hf_config: PreTrainedConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ SINGLE_FILE = "model.safetensors"
 
 # What a parameter may be stored as, by its name in safetensors and in torch. All others are quantised.
 _FLOAT_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What partial training adds to a model, and no pretrained one has.
+_ADDED = re.compile(r"\.(lora_\w+|token_rows)(\.|$)")
 # Computed from config.json today; old exports still hold it.
 _COMPUTED = r"(^|\.)rotary_emb\.inv_freq$"
 _ROWS = 4096  # of a matrix that are read at once where all of them are needed
@@ -66,6 +68,16 @@ class LoadReport:
     def summary(self) -> dict[str, Any]:
         """As JSON can hold it: how many were plainly loaded, and the names of all others."""
         return {**asdict(self), "loaded": len(self.loaded)}
+
+
+def pretrained_name(name: str) -> str | None:
+    """The name in a pretrained model of a parameter, around which peft may have put a `base_layer`; None of an adapter's own."""
+    return None if _ADDED.search(name) else name.replace(".base_layer.", ".")
+
+
+def named_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same by their names in a pretrained model, without what adapters have added."""
+    return {known: tensor for name, tensor in tensors.items() if (known := pretrained_name(name))}
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -123,7 +135,8 @@ def load_weights(
     """
     files = tensor_files(folder)
     stored = _open_tensors(files)
-    parameters = dict(model.hf.named_parameters())  # a tied head appears once, as the embedding
+    # A tied head appears once, as the embedding.
+    parameters = named_tensors(dict(model.hf.named_parameters()))
     ties: dict[str, str] = {
         name: source
         for name, source in dict(model.hf._tied_weights_keys or {}).items()
@@ -163,6 +176,37 @@ def load_weights(
                 "set tie_word_embeddings to false in it, or download the model again"
             )
     return report
+
+
+def open_parameters(
+    model: PackedCausalLM, folder: Path, *, dtype: torch.dtype
+) -> Callable[[str], Tensor]:
+    """A reader of single whole parameters of a checkpoint, by name, as `load_weights` would fill them.
+
+    Args:
+        model: without memory; gives names and shapes.
+        folder: see `load_weights`, which has accepted it.
+        dtype: of what is read.
+
+    Raises:
+        ModelError: a tensor is missing.
+    """
+    stored = _open_tensors(tensor_files(folder))
+    parameters = export_tensors(model)
+    renaming = Renaming(model.hf, {*stored_parts(model.hf, parameters), *parameters})
+    ours = {renaming.known_as(name): name for name in stored}
+    parts = stored_parts(model.hf, parameters, whole=ours.keys())
+    if missing := sorted(parts.keys() - ours.keys()):
+        raise ModelError(f"{folder} lacks tensors of the model: {_shown(missing)}")
+
+    def read(name: str) -> Tensor:
+        whole = torch.empty(parameters[name].shape, dtype=dtype)
+        for known, part in parts.items():
+            if part.parameter == name:
+                _copy_local(whole, stored[ours[known]], part)
+        return whole
+
+    return read
 
 
 def _account(
@@ -304,4 +348,5 @@ def _shown(names: list[str], most: int = 5) -> str:
 def export_tensors(model: PackedCausalLM) -> Mapping[str, Tensor]:
     """The model's parameters and persistent buffers by their name on the hub; a tied head is left out."""
     skip = set(model.hf._tied_weights_keys or ()) if model.hf.config.tie_word_embeddings else set()
-    return {name: tensor for name, tensor in model.hf.state_dict().items() if name not in skip}
+    tensors = named_tensors(model.hf.state_dict())
+    return {name: tensor for name, tensor in tensors.items() if name not in skip}

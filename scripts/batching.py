@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from data.ledger import Ledger
-from data.loader import PackedBatches
+from data.loader import Batch, PackedBatches, slice_sequence
 from data.mixture import Mixture
 from data.prepare import tokenizer_key
 from data.streaming import StreamedBatches
@@ -80,6 +81,14 @@ def open_batches(
         end_sample=end_sample,
         workers=config.data.workers if training else 0,
     )
+
+
+def slices(job: Job, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """This rank's part of each of the micro-batches, where ranks share rows."""
+    data = job.data_rank
+    if data.parts == 1:
+        return iter(batches)
+    return (slice_sequence(batch, data.part, data.parts) for batch in batches)
 
 
 def order_of_samples(

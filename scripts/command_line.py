@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import types
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import (
@@ -39,6 +41,7 @@ from jsonargparse import ArgumentParser
 
 from data.config import source_configs
 from data.errors import DataError
+from models.config import LoraConfig
 from scripts.config import LASTING, TrainConfig
 
 EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.yaml"
@@ -83,6 +86,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "data_seed": "--seed",
     "gradient_checkpointing": "--parallel.activation_checkpointing",
     "fsdp_offload_params": "--parallel.cpu_offload",
+    "context_parallel_size": "--parallel.cp",
+    "cp_size": "--parallel.cp",
     "fsdp_reshard_after_forward": "--parallel.reshard_after_forward",
     "torch_compile": "--parallel.compile",
     "bf16": "--parallel.param_dtype",
@@ -130,12 +135,14 @@ FOREIGN_NAMES: dict[str, str] = {
     "run_name": "is the last folder of --output_dir here",
     "push_to_hub": "is not supported: upload OUTPUT_DIR/export with hf upload",
     "trust_remote_code": "is not supported: only the model code of transformers runs",
-    "use_peft": "is not supported: all weights are trained",
-    "use_lora": "is not supported: all weights are trained",
-    "lora_r": "is not supported: all weights are trained",
-    "lora_alpha": "is not supported: all weights are trained",
-    "lora_dropout": "is not supported: all weights are trained",
-    "lora_target_modules": "is not supported: all weights are trained",
+    "use_peft": "is --lora.rank above 0 here",
+    "use_lora": "is --lora.rank above 0 here",
+    "lora_r": "--lora.rank",
+    "lora_alpha": "--lora.alpha",
+    "lora_dropout": "--lora.dropout",
+    "lora_target_modules": "--lora.targets",
+    "use_rslora": "--lora.rslora",
+    "use_dora": "--lora.dora",
     "load_in_4bit": "is not supported: see --parallel.param_dtype for what is",
     "load_in_8bit": "is not supported: see --parallel.param_dtype for what is",
     "hf_token": "is read from the environment only: export HF_TOKEN",
@@ -149,6 +156,9 @@ _AT_LEAST: dict[str, float] = {
     "steps": 1,
     "micro_batch_size": 1,
     "global_batch_size": 1,
+    "model.train_last_layers": 0,
+    "lora.rank": 0,
+    "lora.alpha": 1,
     "data.seq_len": 2,
     "data.stream_buffer_rows": 1,
     "data.prepare_workers": 0,
@@ -174,6 +184,12 @@ _AT_LEAST: dict[str, float] = {
     "evaluation.generate_rows": 0,
     "evaluation.max_new_tokens": 1,
     "log.every": 1,
+    "guards.check_every": 0,
+    "guards.slow_rank_ratio": 0,
+    "guards.spike_window": 0,
+    "guards.spike_deviations": 0,
+    "guards.hang_seconds": 0,
+    "guards.collective_timeout_seconds": 1,
 }
 
 
@@ -475,6 +491,45 @@ def validate(config: TrainConfig) -> None:
         not (config.model.overrides and named and config.model.init == "pretrained"),
         "--model.overrides changes the shape of the weights: add --model.init random",
     )
+    lora, partial = config.lora, config.lora.rank > 0 or config.model.train_last_layers > 0
+    require(
+        lora.rank > 0 or lora == LoraConfig(),
+        "--lora flags do nothing without --lora.rank: give one above 0",
+    )
+    require(0 <= lora.dropout < 1, f"--lora.dropout must be in [0, 1), got {lora.dropout}")
+    require(
+        len(lora.targets) > 0
+        and (lora.targets == ("all-linear",) or "all-linear" not in lora.targets),
+        "--lora.targets must be [all-linear] or names of linear layers, "
+        f"got {_shown(lora.targets)}",
+    )
+    require(
+        lora.rank == 0 or find_spec("peft") is not None,
+        "--lora.rank needs peft: pip install -c constraints.txt -e '.[lora]'",
+    )
+    require(
+        not partial or (named and config.model.init == "pretrained"),
+        f"--{'lora.rank' if lora.rank else 'model.train_last_layers'} keeps pretrained weights: give "
+        "--model.name or --model.path, and no --model.init random",
+    )
+    require(
+        not (lora.rank and config.parallel.float8 != "none"),
+        "--parallel.float8 replaces the layers that adapters wrap: leave it out with --lora.rank",
+    )
+    require(
+        not (partial and config.parallel.tp > 1),
+        "--parallel.tp splits the layers that adapters wrap, and is not proven with frozen ones: leave it out "
+        "with --lora.rank and --model.train_last_layers",
+    )
+    require(
+        not (config.model.train_last_layers and config.model.add_special_tokens),
+        "--model.train_last_layers freezes the embedding, of which --model.add_special_tokens trains "
+        "rows: keep one of them",
+    )
+    require(
+        lora.rank > 0 or config.checkpoint.export not in ("adapter", "both"),
+        f"--checkpoint.export {config.checkpoint.export} needs adapters: give --lora.rank, or true",
+    )
     require(
         all(isinstance(key, str) for key in config.model.overrides),
         "--model.overrides must have names from config.json as keys",
@@ -487,9 +542,9 @@ def validate(config: TrainConfig) -> None:
         f"callable:package.function, got {config.parallel.wrap_policy!r}",
     )
     require(
-        not (config.parallel.compile and config.parallel.activation_checkpointing != "none"),
-        "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing "
-        "recomputes: keep one of them",
+        not (config.parallel.compile and config.parallel.activation_checkpointing == "op"),
+        "--parallel.compile hides from --parallel.activation_checkpointing op which operations to keep: "
+        "use full or selective with it, or none",
     )
     unknown = [key for key in config.allow_changed if key not in LASTING]
     require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
@@ -498,7 +553,25 @@ def validate(config: TrainConfig) -> None:
         mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
         f"--checkpoint.mirror must be a URL such as s3://bucket/run, got {mirror!r}",
     )
-    require(config.parallel.cp == 1, "--parallel.cp is not supported yet: leave it at 1")
+    cp = config.parallel.cp
+    require(
+        config.data.seq_len % cp == 0,
+        f"--data.seq_len {config.data.seq_len} is not divisible by --parallel.cp {cp}, the ranks that "
+        f"share a row; use a multiple of it such as {-(-config.data.seq_len // cp) * cp}",
+    )
+    require(
+        cp == 1 or config.model.attention == "packed",
+        "--parallel.cp needs --model.attention packed: a dense mask is of whole rows",
+    )
+    require(
+        config.parallel.float8 == "none" or importlib.util.find_spec("torchao") is not None,
+        f"--parallel.float8 {config.parallel.float8} needs torchao: "
+        "pip install -c constraints.txt -e '.[torchao]'",
+    )
+    require(
+        config.parallel.float8 == "none" or config.parallel.tp == 1,
+        "--parallel.tp above 1 does not go with --parallel.float8: use one of them",
+    )
     keep = config.parallel.reshard_after_forward
     require(
         isinstance(keep, bool) or keep >= 2,

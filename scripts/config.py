@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from data.config import DataConfig
-from models.config import ModelConfig
+from models.config import LoraConfig, ModelConfig
 from trainer.config import (
     CheckpointConfig,
     EvaluationConfig,
+    GuardConfig,
     LogConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -62,6 +65,7 @@ class TrainConfig:
     """Build everything, print what each rank will hold, run one step, save, reload and compare, and stop; output_dir is not touched."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -69,3 +73,20 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+
+
+def output_folder(config: TrainConfig) -> Path:
+    """Where the results of a run go."""
+    return Path(config.output_dir or f"outputs/{run_name(config)}")
+
+
+def run_name(config: TrainConfig) -> str:
+    """Model and data in one file name."""
+    model = config.model.name or config.model.path or "embedded"
+    data = config.data.name or config.data.path or config.data.prepared
+    data = data or ("mixture" if config.data.sources else "chat")
+    return "-".join(
+        re.sub(r"[^A-Za-z0-9._]+", "_", Path(part).stem if Path(part).suffix else Path(part).name)
+        for part in (model, data)
+    )

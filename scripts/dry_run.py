@@ -46,8 +46,8 @@ def temporary_output(ranks: Ranks, output_dir: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def plan_table(model: nn.Module, config: ParallelConfig) -> str:
-    """The groups of FSDP with sizes in MiB; equal layers share one line."""
+def plan_table(model: nn.Module, config: ParallelConfig, optimizer_bytes: float) -> str:
+    """The groups of FSDP with sizes in MiB; equal layers share one line. `optimizer_bytes` are those of a rank."""
     rows = describe_plan(model, config)
     alike: dict[tuple[str, int], list[PlanRow]] = {}
     for row in rows:
@@ -58,6 +58,7 @@ def plan_table(model: nn.Module, config: ParallelConfig) -> str:
         "all",
         sum(row.parameters for row in rows),
         sum(row.master_bytes for row in rows),
+        sum(row.trained_bytes for row in rows),
         sum(row.gathered_bytes for row in rows),
     )
     lines = [("group", "parameters", "MiB per rank", "MiB gathered")]
@@ -76,8 +77,9 @@ def plan_table(model: nn.Module, config: ParallelConfig) -> str:
         + "".join(f"{text:>{width + 2}}" for text, width in zip(numbers, widths[1:], strict=True))
         for name, *numbers in lines
     )
+    held = total.master_bytes + total.trained_bytes + optimizer_bytes
     return (
-        f"\n{table}\nWith gradients and the optimizer's state a rank holds {4 * total.master_bytes / _MIB:,.2f} MiB, "
+        f"\n{table}\nWith gradients and the optimizer's state a rank holds {held / _MIB:,.2f} MiB, "
         "beside gathered groups and activations.\n"
     )
 
@@ -92,7 +94,7 @@ def prove_checkpoint(
     """
     before = _fingerprints(model, optimizer)
     with torch.no_grad():
-        for tensor in _tensors(model, optimizer).values():
+        for tensor in _tensors(model, optimizer, saved=True).values():
             tensor.zero_()
     checkpoint = checkpointer.newest()
     if checkpoint is None:
@@ -119,11 +121,17 @@ def summary(folder: Path) -> str:
     )
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """This rank's part of every parameter and of its optimizer state."""
+def _tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, saved: bool = False
+) -> dict[str, Tensor]:
+    """This rank's part of every parameter, or of those a checkpoint holds, and of its optimizer state."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        state = {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+        if saved and not parameter.requires_grad:
+            continue
+        state = {
+            f"{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()
+        }
         for key, value in {name: parameter, **state}.items():
             if isinstance(value, Tensor):
                 found[key] = value.to_local() if isinstance(value, DTensor) else value.detach()

@@ -3,22 +3,26 @@
 python scripts/export.py OUTPUT_DIR/checkpoints/step-00000020 DIR
 python scripts/export.py OUTPUT_DIR DIR     (its newest intact checkpoint)
 
-Tensors are read and written one at a time.
+Tensors are read and written one at a time. Of a run that trained a part of a model, the rest comes from its base model.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
     import torch
+
+    from models.causal_lm import PackedCausalLM
+    from trainer.stored import StoredTensors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +54,17 @@ def main(argv: list[str] | None = None) -> int:
         default="true",
         help="read what was written and compare it, by SHA-256, with what it should be (default: true)",
     )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="folder of the model that adapters or last layers were trained on (default: where it was)",
+    )
+    parser.add_argument(
+        "--adapter",
+        choices=("true", "false"),
+        default="false",
+        help="write the adapters alone, in float32 and peft's format, not merged (default: false)",
+    )
     arguments = parser.parse_args(argv)
     if not arguments.max_shard_gib > 0:
         parser.error("--max_shard_gib must be above 0")
@@ -61,12 +76,17 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         checkpoint = find_checkpoint(arguments.checkpoint)
+        if arguments.adapter == "true":
+            count = export_adapter_of(checkpoint, arguments.folder, base=arguments.base)
+            print(f"{count} tensors of {checkpoint.name}, exported to {arguments.folder}")
+            return 0
         count = export_checkpoint(
             checkpoint,
             arguments.folder,
             dtype=getattr(torch, arguments.dtype),
             max_shard_bytes=int(arguments.max_shard_gib * 2**30),
             verify=arguments.verify == "true",
+            base=arguments.base,
         )
         size = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))
         compared = ", read again and compared" if arguments.verify == "true" else ""
@@ -113,14 +133,18 @@ def export_checkpoint(
     dtype: torch.dtype,
     max_shard_bytes: int,
     verify: bool,
+    base: Path | None = None,
 ) -> int:
     """Write a checkpoint as a Hugging Face folder, which appears at once and complete.
+
+    `base` is where the model is now that a checkpoint holds a part of.
 
     Returns:
         How many tensors were written.
 
     Raises:
-        ModelError: the folder is there or cannot be written, or is not what the checkpoint holds.
+        ModelError: the folder is there or cannot be written, or is not what the checkpoint holds; or the
+            base model is not there.
         TrainError: the checkpoint lacks a tensor, or the run its model folder.
     """
     import json
@@ -141,20 +165,96 @@ def export_checkpoint(
     output_dir = checkpoint.absolute().parents[1]
     stored = StoredTensors(checkpoint)
 
-    def read(name: str) -> torch.Tensor:
-        return stored.read(f"hf.{name}", dtype)
-
     with staged(folder, replace=False) as staging:
         copy_model_files(_model_files(output_dir), staging, dtype=dtype)
         model = empty_model(staging)
         tensors = export_tensors(model)
-        _check_fits(checkpoint, stored.shapes(), model.hf.state_dict(), tensors)
+        read, shapes = _reader(state, stored, dtype, base, model)
+        _check_fits(checkpoint, shapes, model.hf.state_dict(), tensors)
         parts = stored_parts(model.hf, tensors)
         write_weights(
             staging, parts, read, dtype=dtype, max_shard_bytes=max_shard_bytes, verify=verify
         )
         (staging / CARD_FILE).write_text(model_card(output_dir, state["step"]), encoding="utf-8")
     return len(parts)
+
+
+def _reader(
+    state: dict[str, Any],
+    stored: StoredTensors,
+    dtype: torch.dtype,
+    base: Path | None,
+    model: PackedCausalLM,
+) -> tuple[Callable[[str], torch.Tensor], dict[str, torch.Size]]:
+    """What reads whole tensors by name, adapters merged, and the shapes of all there are."""
+    import torch
+
+    from models.partial import merged
+    from models.weights import export_tensors, pretrained_name
+    from scripts.partial import lora_of, open_base
+
+    held = {name.removeprefix("hf."): shape for name, shape in stored.shapes().items()}
+    record = state.get("partial")
+    if record is None:
+        return lambda name: stored.read(f"hf.{name}", dtype), held
+    read_base = open_base(record, base, model)
+
+    def read(name: str) -> torch.Tensor:
+        return stored.read(f"hf.{name}", torch.float32) if name in held else read_base(name)
+
+    shapes = {name: tensor.shape for name, tensor in export_tensors(model).items()}
+    shapes |= {name: shape for name, shape in held.items() if pretrained_name(name)}
+    return merged(read, held, lora_of(record), record["tokens"]), shapes
+
+
+def export_adapter_of(checkpoint: Path, folder: Path, *, base: Path | None) -> int:
+    """Write the adapters of a checkpoint as `PeftModel.from_pretrained` reads them; returns how many tensors.
+
+    Raises:
+        ModelError: the folder is there or cannot be written.
+        TrainError: the checkpoint has no adapters.
+    """
+    import json
+
+    import torch
+    from transformers import AutoConfig
+
+    from models.export import copy_tokenizer, write_adapter_folder
+    from models.weights import pretrained_name
+    from scripts.model_card import model_card
+    from scripts.partial import adapter_config
+    from trainer.errors import TrainError
+    from trainer.stored import StoredTensors
+
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    record = state.get("partial")
+    if record is None or not record["lora"]["rank"]:
+        raise TrainError(f"{checkpoint} has no adapters; leave --adapter out")
+    if base is not None:
+        record["base"] |= {"folder": str(base.absolute()), "commit": None}
+    output_dir = checkpoint.absolute().parents[1]
+    files = _model_files(output_dir)
+    stored = StoredTensors(checkpoint)
+    tensors = {
+        name.removeprefix("hf."): stored.read(name, torch.float32)
+        for name in stored.shapes()
+        if pretrained_name(name) is None and not _is_tied_copy(name, record)
+    }
+    layers = AutoConfig.from_pretrained(files).num_hidden_layers
+    write_adapter_folder(
+        folder,
+        tensors,
+        partial(copy_tokenizer, files),
+        config=adapter_config(record, layers=layers),
+        card=model_card(output_dir, state["step"], library="peft"),
+        replace=False,
+    )
+    return len(tensors)
+
+
+def _is_tied_copy(name: str, record: dict[str, Any]) -> bool:
+    """A checkpoint names the rows of a tied head too."""
+    return name == "hf.lm_head.token_rows" and "lm_head" not in record["token_layers"]
 
 
 def _model_files(output_dir: Path) -> Path:
@@ -176,11 +276,11 @@ def _check_fits(
     model: Mapping[str, torch.Tensor],
     exported: Mapping[str, torch.Tensor],
 ) -> None:
-    """Every exported tensor is in the checkpoint with its shape, and nothing is there that the model lacks."""
+    """Every exported tensor is there with its shape, and nothing that the model lacks."""
     from trainer.errors import TrainError
 
-    wrong = [name for name in exported if stored.get(f"hf.{name}") != exported[name].shape]
-    wrong += [name for name in stored if name.removeprefix("hf.") not in model]
+    wrong = [name for name in exported if stored.get(name) != exported[name].shape]
+    wrong += [name for name in stored if name not in model]
     if wrong:
         raise TrainError(
             f"{checkpoint} does not fit the config.json of its run: {len(wrong)} tensors are missing, "

@@ -1,4 +1,4 @@
-"""Answer prompts with an exported model or a checkpoint, on CPU or GPU.
+"""Answer prompts with an exported model, an adapter or a checkpoint, on CPU or GPU.
 
 python scripts/generate.py MODEL_DIR "What is 17 + 25?"
 python scripts/generate.py OUTPUT_DIR/checkpoints/step-00000020 "What is 17 + 25?"
@@ -7,6 +7,7 @@ python scripts/generate.py OUTPUT_DIR/checkpoints/step-00000020 "What is 17 + 25
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -17,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="generate.py", description="Answer prompts with an exported model or a checkpoint."
+        prog="generate.py",
+        description="Answer prompts with an exported model, an adapter or a checkpoint.",
     )
     parser.add_argument(
         "model",
         type=Path,
-        help="folder with a Hugging Face model, such as OUTPUT_DIR/export, or a checkpoint of train.py",
+        help="folder with a Hugging Face model, such as OUTPUT_DIR/export, with an adapter, or a checkpoint of train.py",
     )
     parser.add_argument(
         "prompt", nargs="+", help="one or more user messages, each answered on its own"
@@ -30,15 +32,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--max_new_tokens", type=int, default=256, help="tokens per answer (default: 256)"
     )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="folder of the model that an adapter or a checkpoint of a part belongs to (default: where it was)",
+    )
     arguments = parser.parse_args(argv)
     is_checkpoint = arguments.model.name.startswith("step-")
-    if not is_checkpoint and not (arguments.model / "config.json").is_file():
+    is_adapter = (arguments.model / "adapter_config.json").is_file()
+    if not is_checkpoint and not is_adapter and not (arguments.model / "config.json").is_file():
         parser.exit(2, f"generate.py: error: {arguments.model} holds no model (no config.json)\n")
+    base = arguments.base
+    if is_adapter and base is None:
+        adapter = json.loads((arguments.model / "adapter_config.json").read_text(encoding="utf-8"))
+        base = Path(adapter["base_model_name_or_path"])
+    if is_adapter and not (base / "config.json").is_file():
+        parser.exit(
+            2,
+            f"generate.py: error: {base}, which the adapter adapts, is no folder with a model; give --base DIR\n",
+        )
     os.environ["HF_HUB_OFFLINE"] = "1"  # a local folder is all that is read
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     if not is_checkpoint:
-        answer(arguments.model, arguments.prompt, max_new_tokens=arguments.max_new_tokens)
+        answer(
+            base if is_adapter else arguments.model,
+            arguments.prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            adapter=arguments.model if is_adapter else None,
+        )
         return 0
 
     import torch
@@ -57,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
                 dtype=torch.bfloat16,
                 max_shard_bytes=MAX_SHARD_BYTES,
                 verify=False,
+                base=base,
             )
         except (ModelError, TrainError) as error:
             parser.exit(2, f"generate.py: error: {error}\n")
@@ -64,8 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def answer(model: Path, prompts: list[str], *, max_new_tokens: int) -> None:
-    """Print every prompt with the answer of the model in a Hugging Face folder."""
+def answer(
+    model: Path, prompts: list[str], *, max_new_tokens: int, adapter: Path | None = None
+) -> None:
+    """Print every prompt with the answer of the model in a Hugging Face folder, with an adapter on it or not."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -75,9 +100,15 @@ def answer(model: Path, prompts: list[str], *, max_new_tokens: int) -> None:
 
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hf = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(adapter or model)
+    if adapter is not None:
+        if len(tokenizer) > hf.config.vocab_size:  # tokens were added, whose rows the adapter holds
+            hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        hf.load_adapter(str(adapter))
     answers = generate_answers(
-        PackedCausalLM(AutoModelForCausalLM.from_pretrained(model).to(device)),
-        AutoTokenizer.from_pretrained(model),
+        PackedCausalLM(hf.to(device)),
+        tokenizer,
         [[{"role": "user", "content": prompt}] for prompt in prompts],
         max_new_tokens=max_new_tokens,
         device=device,

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from scripts.config import TrainConfig
+from trainer.crashes import Attempt
 from trainer.distributed import Ranks
 from trainer.parallel import DataRank
+from trainer.preemption import StopRequest
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Job:
     output_dir: Path
     ranks: Ranks
     data_rank: DataRank
+    stop: StopRequest
+    attempt: Attempt
     device: torch.device
     micro_batch_size: int
     global_batch_size: int

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 
-def model_card(output_dir: Path, step: int) -> str:
+def model_card(output_dir: Path, step: int, *, library: str = "transformers") -> str:
     """The card of the model as it was after `step`, from run.json, config.yaml and metrics.jsonl of its run.
 
-    Of a local folder or file only the last part of its path is told. What the run did not record is left out.
+    `library` is what loads the folder. Of a local folder or file only the last part of its path is told. What the run did not record is left out.
     """
     run = json.loads(_text(output_dir / "run.json") or "{}")
     config = yaml.safe_load(_text(output_dir / "config.yaml")) or {}
@@ -21,7 +21,7 @@ def model_card(output_dir: Path, step: int) -> str:
     base = run.get("model", {})
     sources = run.get("data", {}).get("sources", [])
 
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    header: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if base.get("commit"):
         header["base_model"] = base["name"]
     if datasets := [source["name"] for source in sources if source.get("commit")]:

@@ -26,14 +26,17 @@ from models.build import (
     read_model_config,
 )
 from models.causal_lm import PackedCausalLM
-from models.export import export_model, staged, write_model_files
+from models.context_parallel import check_context_parallel
+from models.export import export_adapter, export_model, staged, write_model_files
 from models.generation import generate_answers
 from models.layers import sparse_layers
+from models.partial import init_adapters
 from models.tensor_parallel import tensor_parallel_plan
 from models.weights import LoadReport, init_weights, load_weights
-from scripts.batching import open_batches
+from scripts.batching import open_batches, slices
 from scripts.job import Job
 from scripts.model_card import model_card
+from scripts.partial import adapter_config, freeze_rest, part_record, trains_part
 from scripts.preparation import (
     uses_embedded_data,
 )
@@ -52,11 +55,15 @@ def build_sharded_model(
     folder = Path(job.prepared["model"]) if job.prepared["model"] else None
     random = folder is None or config.init == "random"
     hf_config = read_model_config(config, folder, tokenizer)
-    plan = tensor_parallel_plan(hf_config, job.config.parallel.tp)
+    parallel = job.config.parallel
+    plan = tensor_parallel_plan(hf_config, parallel.tp)
+    check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
     model = build_model(hf_config, attention=config.attention, seed=None)
-    shard(model, job.config.parallel, mesh, plan)
+    if trains_part(job.config):
+        freeze_rest(model, job.config, tokenizer)
+    shard(model, parallel, mesh, plan)
     # Offloaded parameters live on the host; buffers are where the model computes.
-    home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
+    home = torch.device("cpu") if parallel.cpu_offload else job.device
     materialise(model, home)
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -65,7 +72,9 @@ def build_sharded_model(
         init_weights(model, job.config.seed)
         return model, None
     assert folder is not None
-    return model, load_weights(model, folder)
+    report = load_weights(model, folder)
+    init_adapters(model, job.config.seed)
+    return model, report
 
 
 def shard(
@@ -74,6 +83,8 @@ def shard(
     mesh: DeviceMesh,
     layer_plan: Mapping[str, ParallelStyle],
 ) -> None:
+    if config.cp > 1:
+        model.cp_group = mesh["cp"].get_group()
     parallelise(
         model,
         config,
@@ -127,7 +138,7 @@ def judge_first_loss(
 def evaluate_model(
     job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
-    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`; {} without held-out rows."""
+    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`; {} without held-out rows, or when the run is told to stop meanwhile."""
     config = job.config
     if not job.prepared["evaluation"]:
         return {}
@@ -139,10 +150,17 @@ def evaluate_model(
         )
         for source in job.prepared["evaluation"]
     ]
-    batches = open_batches(job, mix(sources), tokenizer, training=False)
+    batches = slices(job, open_batches(job, mix(sources), tokenizer, training=False))
     loss = evaluate_loss(
-        model, batches, loss_fn=causal_lm_loss, device=job.device, parallel=config.parallel
+        model,
+        batches,
+        loss_fn=causal_lm_loss,
+        device=job.device,
+        parallel=config.parallel,
+        stop=job.stop,
     )
+    if job.stop.agreed():
+        return {}
     values = {"eval_loss": loss}
     if uses_embedded_data(config) and config.evaluation.generate_rows > 0:
         asked = questions("test", config.evaluation.generate_rows)
@@ -152,7 +170,7 @@ def evaluate_model(
             [prompt for prompt, _ in asked],
             max_new_tokens=config.evaluation.max_new_tokens,
             device=job.device,
-            copies=job.ranks.world_size // job.data_rank.size,
+            copies=config.parallel.tp,
         )
         model.reshard()  # type: ignore[operator]  # a method of FSDP modules
         right = sum(
@@ -185,19 +203,32 @@ def save_model_files(
 def export(
     job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase, *, step: int
 ) -> None:
-    """Write OUTPUT_DIR/export; a failure on the writing rank is raised by all."""
-    error = None
+    """Write OUTPUT_DIR/export, OUTPUT_DIR/adapter or both; a failure on the writing rank is raised by all."""
+    error, wanted = None, job.config.checkpoint.export
     try:
-        export_model(
-            model,
-            tokenizer,
-            job.output_dir / "export",
-            dtype=DTYPES[job.config.model.dtype],
-            is_writer=job.ranks.is_first,
-            source=Path(job.prepared["model"]) if job.prepared["model"] else None,
-            card=partial(model_card, job.output_dir, step),
-            verify=job.config.checkpoint.verify_export,
-        )
+        if wanted != "adapter":
+            export_model(
+                model,
+                tokenizer,
+                job.output_dir / "export",
+                dtype=DTYPES[job.config.model.dtype],
+                is_writer=job.ranks.is_first,
+                lora=job.config.lora,
+                source=Path(job.prepared["model"]) if job.prepared["model"] else None,
+                card=partial(model_card, job.output_dir, step),
+                verify=job.config.checkpoint.verify_export,
+            )
+        if wanted in ("adapter", "both"):
+            record = part_record(job, model)
+            assert record is not None
+            export_adapter(
+                model,
+                tokenizer,
+                job.output_dir / "adapter",
+                config=adapter_config(record, layers=model.hf.config.num_hidden_layers),
+                is_writer=job.ranks.is_first,
+                card=partial(model_card, job.output_dir, step, library="peft"),
+            )
     except (OSError, ValueError) as reason:
         error = str(reason)
     raise_together(error)

@@ -23,11 +23,12 @@ from data.prepare import Task, prepare_tokens, tokenizer_key
 from data.sources import Row, hub_commit, load_rows, shown_url, stream_rows
 from data.store import open_packed, open_tokens, prepare_packs
 from data.streaming import stream_format
-from models.build import check_fits, check_packing, read_model_config
+from models.build import build_model, check_fits, check_packing, read_model_config
 from models.errors import ModelError
 from models.hub import check_snapshot, fetch_model
 from models.tokenizer import load_tokenizer
 from scripts.config import TrainConfig
+from scripts.partial import freeze_rest, trains_part
 
 
 def prepare(
@@ -119,6 +120,9 @@ def prepare_model(
     check_fits(hf_config, tokenizer, seq_len=config.data.seq_len)
     if device_type is not None:
         check_packing(hf_config, packing=config.data.packing, device_type=device_type)
+    if trains_part(config):
+        # On a model without weights: what it lacks is said before anything is tokenised.
+        freeze_rest(build_model(hf_config, attention="sdpa", seed=None), config, tokenizer)
     return {
         "model": str(model_folder) if model_folder else None,
         "model_commit": model_commit,

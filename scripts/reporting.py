@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import signal
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,26 +16,18 @@ from data.config import source_configs
 from data.ledger import Ledger
 from data.mixture import Mixture
 from models.causal_lm import PackedCausalLM
+from models.partial import adapted, trained_tokens
 from models.weights import LoadReport
 from scripts.command_line import printable, to_yaml
 from scripts.config import TrainConfig
 from scripts.ledger import anything_left_out, ledger_table
+from scripts.partial import trains_part
 from trainer.loop import Progress
-from trainer.parallel import mesh_sizes, precision_table
+from trainer.parallel import mesh_sizes
+from trainer.precision import precision_table
 
 if TYPE_CHECKING:
     from scripts.job import Job
-
-
-def run_name(config: TrainConfig) -> str:
-    """Model and data in one file name."""
-    model = config.model.name or config.model.path or "embedded"
-    data = config.data.name or config.data.path or config.data.prepared
-    data = data or ("mixture" if config.data.sources else "chat")
-    return "-".join(
-        re.sub(r"[^A-Za-z0-9._]+", "_", Path(part).stem if Path(part).suffix else Path(part).name)
-        for part in (model, data)
-    )
 
 
 def header(
@@ -55,12 +45,14 @@ def header(
     seq_len = config.data.seq_len
     precision = precision_table(
         config.parallel,
-        state_dtype=config.optimizer.state_dtype,
+        config.optimizer,
         export_dtype=config.model.dtype,
+        partial=trains_part(config),
     )
     rows = {
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
         f"{human(parameters)} parameters, {weights or 'random weights'}",
+        **({"trained": trained_line(model, config)} if trains_part(config) else {}),
         **(
             {"data": f"{job.prepared['stream']['name']}, read while training"}
             if mixture is None
@@ -92,6 +84,29 @@ def header(
         if anything_left_out(source.ledger)
     ]
     return "\n\n".join([table(rows), *tables]) + ("\n" if tables else "")
+
+
+def trained_line(model: PackedCausalLM, config: TrainConfig) -> str:
+    """How many of how many parameters are trained, and which."""
+    trained, parameters = parameter_counts(model)
+    lora, last = config.lora, config.model.train_last_layers
+    layers = model.hf.config.num_hidden_layers
+    which = f"decoder layers {layers - last + 1} to {layers}"
+    if lora.rank:
+        kind = "DoRA" if lora.dora else "LoRA"
+        what = f"{kind} of rank {lora.rank} on {', '.join(adapted(model))}"
+        what += f" of {which}" if last else ""
+        what += f", rows of {len(trained_tokens(model))} tokens" if trained_tokens(model) else ""
+    else:
+        what = f"{which}, final norm{'' if model.hf.config.tie_word_embeddings else ', head'}"
+    share = 100 * trained / parameters
+    return f"{human(trained)} of {human(parameters)} parameters ({share:.2g} %): {what}"
+
+
+def parameter_counts(model: PackedCausalLM) -> tuple[int, int]:
+    """Trained and all."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def data_rows(mixture: Mixture, seq_len: int) -> dict[str, str]:
@@ -149,16 +164,24 @@ def footer(job: Job, before: dict[str, float], after: dict[str, float], *, mfu_p
             if key in after:
                 old = f"{before[key]:.2f}" if key in before else "-"
                 lines.append(f"{name:<16}{old:>10}{after[key]:>10.2f}")
-    if job.config.checkpoint.export:
-        lines.append(f"exported to {job.output_dir / 'export'}")
+    export = job.config.checkpoint.export
+    folders = {"adapter": ["adapter"], "both": ["export", "adapter"], True: ["export"]}
+    if export:
+        places = " and ".join(str(job.output_dir / name) for name in folders[export])
+        lines.append(f"exported to {places}")
     lines.append(f"metrics in {job.output_dir / 'metrics.jsonl'} (MFU against: {mfu_peak})")
     return "\n".join(lines)
 
 
 def write_run_files(
-    job: Job, mesh: DeviceMesh, weights: LoadReport | None, mixture: Mixture | None
+    job: Job,
+    model: PackedCausalLM,
+    mesh: DeviceMesh,
+    weights: LoadReport | None,
+    mixture: Mixture | None,
 ) -> str | None:
     """Write config.yaml and run.json; returns the error line if that fails."""
+    trained, parameters = parameter_counts(model)
     run: dict[str, Any] = {
         "versions": {
             "python": platform.python_version(),
@@ -172,6 +195,8 @@ def write_run_files(
             "revision": job.config.model.revision,
             "commit": job.prepared["model_commit"],
             "weights": weights.summary() if weights else "random",
+            "parameters": parameters,
+            "trained_parameters": trained,
         },
         "data": {"sources": _sources_of_run(job, mixture)},
         "world_size": job.ranks.world_size,
@@ -179,8 +204,9 @@ def write_run_files(
         "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
         "precision": precision_table(
             job.config.parallel,
-            state_dtype=job.config.optimizer.state_dtype,
+            job.config.optimizer,
             export_dtype=job.config.model.dtype,
+            partial=trains_part(job.config),
         ),
         "global_batch_size": job.global_batch_size,
         "grad_accum_steps": job.grad_accum_steps,
@@ -218,6 +244,12 @@ def record_stream(job: Job, ledger: Ledger) -> str | None:
     run = json.loads((job.output_dir / "run.json").read_text(encoding="utf-8"))
     run["data"]["sources"][0]["ledger"] = asdict(ledger)
     return _write(job, {"run.json": _to_json(run)})
+
+
+def record_goodput(job: Job, totals: dict[str, float]) -> str | None:
+    """Put where the time went into run.json; returns the error line if that fails."""
+    run = json.loads((job.output_dir / "run.json").read_text(encoding="utf-8"))
+    return _write(job, {"run.json": _to_json({**run, "goodput": totals})})
 
 
 def stream_line(job: Job, ledger: Ledger) -> str:

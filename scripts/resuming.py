@@ -15,6 +15,7 @@ from models.causal_lm import PackedCausalLM
 from scripts.batching import order_of_samples
 from scripts.config import OF_SAMPLES, TrainConfig
 from scripts.job import Job
+from scripts.partial import check_part
 from trainer.checkpoint import Checkpointer, Store
 from trainer.errors import TrainError
 from trainer.loop import Progress
@@ -22,6 +23,7 @@ from trainer.loop import Progress
 # Global batches behind a checkpoint whose content it holds the hash of.
 _NEXT_BATCHES = 3
 _SHOWN_CHANGES = 8
+_PRECISION = ("param_dtype", "reduce_dtype", "master_dtype", "float8")
 # Of a model's configuration, what its computation does not depend on.
 _NOT_THE_MODEL = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 
@@ -36,7 +38,7 @@ def lasting_settings(
     """What may not change unnoticed when a run goes on: which samples come, and what a step makes of them.
 
     The keys at the top are those of `--allow_changed`. Not among them, so free: how often is logged, evaluated and
-    saved, micro_batch_size, the number of ranks and everything of `parallel` but the two types.
+    saved, micro_batch_size, the number of ranks and everything of `parallel` but its precision.
     """
     config = job.config
     architecture = json.loads(model.hf.config.to_json_string(use_diff=False))
@@ -52,10 +54,7 @@ def lasting_settings(
         "schedule": asdict(config.schedule),
         # A constant rate does not depend on where the run ends.
         "steps": None if config.schedule.name == "constant" else steps,
-        "precision": {
-            "param_dtype": config.parallel.param_dtype,
-            "reduce_dtype": config.parallel.reduce_dtype,
-        },
+        "precision": {name: getattr(config.parallel, name) for name in _PRECISION},
     }
     return json.loads(json.dumps(settings))  # as a checkpoint gives them back
 
@@ -82,7 +81,11 @@ def open_mirror(config: TrainConfig) -> Store | None:
 
 
 def resume(
-    job: Job, checkpointer: Checkpointer, settings: dict[str, Any], mixture: Mixture | None
+    job: Job,
+    checkpointer: Checkpointer,
+    settings: dict[str, Any],
+    mixture: Mixture | None,
+    part: dict[str, Any] | None,
 ) -> tuple[Progress, list[dict[str, int]] | None]:
     """Continue from a checkpoint if there is one to continue from.
 
@@ -90,7 +93,8 @@ def resume(
         How far it was, and of a stream the state of each data-parallel rank.
 
     Raises:
-        TrainError: `--resume never` would mix two runs; or the checkpoint is of a run with other settings or samples.
+        TrainError: `--resume never` would mix two runs; or the checkpoint is of a run with other settings or samples,
+            or trained another part of the model.
     """
     wanted = job.config.resume
     if wanted == "never":
@@ -105,6 +109,7 @@ def resume(
     if checkpoint is None:
         return Progress(), None
     state = checkpointer.read_state(checkpoint)
+    check_part(checkpoint, state.get("partial"), part)
     _check_settings(checkpoint, state["settings"], settings, job.config.allow_changed)
     was = state["settings"]
     # With a change of what decides the samples other ones were asked for.

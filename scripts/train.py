@@ -6,7 +6,9 @@ python scripts/train.py --cache_dir DIR     (one process)
 
 from __future__ import annotations
 
+import hashlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,9 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.command_line import CommandLineError, parse_train_config
+from scripts.command_line import CommandLineError, parse_train_config, to_yaml
+from scripts.config import TrainConfig, output_folder
 from scripts.environment import remove_launcher_folders, use_cache_dir
-from trainer.errors import TrainError
+from trainer.crashes import Attempt
+from trainer.errors import PeerLostError, TrainError, TransientError
+from trainer.preemption import Stopped, StopRequest, end_with_launcher
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,30 +30,69 @@ def main(argv: list[str] | None = None) -> int:
 
     0: finished. 1: the job cannot go on. 2: the command line is wrong. 128 + n: stopped by signal n, state saved.
     """
-    ranks = None
+    stop = StopRequest()
+    try:
+        with stop.listening():
+            end_with_launcher()
+            return _main(argv, stop)
+    except (
+        Stopped,
+        KeyboardInterrupt,
+    ):  # before the first step, or ctrl-C while the state is saved
+        number = stop.signal or signal.SIGINT
+        if os.environ.get("RANK", "0") == "0":
+            how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+            print(f"train.py: {how}", file=sys.stderr, flush=True)
+        return 128 + number
+    finally:
+        remove_launcher_folders()
+
+
+def _main(argv: list[str] | None, stop: StopRequest) -> int:
+    ranks = attempt = None
     try:
         config = parse_train_config(argv)
+        attempt = _attempt(config)
+        if attempt.is_hopeless():
+            return 1  # the first attempt has said why
+        attempt.refuse_repetition()
         cache_dir = use_cache_dir(config.cache_dir)
         # Only now: what follows imports libraries that read the cache variables when they are imported.
         from scripts.wiring import run
         from trainer.distributed import meet
 
         ranks = meet()
-        return run(config, cache_dir, ranks)
+        return run(config, cache_dir, ranks, stop, attempt)
     except (CommandLineError, DataError, ModelError, TrainError) as error:
         from trainer.distributed import claim_report, leave, meet
 
-        ranks = ranks or meet()
-        if claim_report(ranks):
-            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
-        leave(ranks)
+        lost = isinstance(error, PeerLostError)
+        # A launcher ends the ranks that have lost one; otherwise what follows a signal follows from it.
+        if stop.signal is not None and not (lost and attempt is not None and attempt.step):
+            raise Stopped(stop.signal) from None
+        if attempt is not None and stop.signal is None:
+            attempt.record(error, final=not isinstance(error, TransientError))
+        with stop.deferred():  # the launcher may end this rank while it reports
+            ranks = ranks or meet()
+            if claim_report(ranks):
+                print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+            if not lost:  # then nobody is there to wait for
+                leave(ranks)
         return 2 if isinstance(error, CommandLineError) else 1
-    except KeyboardInterrupt:  # before the first step, or a second one while the state is saved
-        if os.environ.get("RANK", "0") == "0":
-            print("train.py: interrupted", file=sys.stderr, flush=True)
-        return 130
-    finally:
-        remove_launcher_folders()
+    except Exception as error:
+        if stop.signal is not None:
+            raise Stopped(stop.signal) from None
+        if attempt is not None:
+            attempt.record(error, final=False)
+        raise
+
+
+def _attempt(config: TrainConfig) -> Attempt:
+    text = to_yaml(config)
+    return Attempt(
+        output_dir=None if config.dry_run else output_folder(config),
+        config=hashlib.sha256(text.encode()).hexdigest()[:16],
+    )
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from data.streaming import StreamedBatches
@@ -19,8 +19,15 @@ from models.build import (
 )
 from models.flops import training_flops
 from scripts import reporting
-from scripts.batching import batch_sizes, gather_data, open_batches, open_stream, total_ledger
-from scripts.config import TrainConfig
+from scripts.batching import (
+    batch_sizes,
+    gather_data,
+    open_batches,
+    open_stream,
+    slices,
+    total_ledger,
+)
+from scripts.config import TrainConfig, output_folder
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
 from scripts.job import Job
 from scripts.modelling import (
@@ -31,6 +38,7 @@ from scripts.modelling import (
     save_model_files,
     training_loss,
 )
+from scripts.partial import flops_of_part, part_record
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -39,16 +47,24 @@ from scripts.preparation import (
 )
 from scripts.resuming import lasting_settings, next_batches, open_mirror, resume
 from trainer.checkpoint import Checkpointer
+from trainer.crashes import Attempt
 from trainer.distributed import Ranks, max_over_ranks, once, raise_together, start
-from trainer.errors import TrainError
-from trainer.hardware import choose_device, configure, peak_flops
-from trainer.loop import Progress, Speedometer, StopRequest, train
+from trainer.errors import PeerLostError, TrainError
+from trainer.goodput import Goodput, goodput_table
+from trainer.guards import Guards, explain
+from trainer.hardware import choose_device, configure, peak_flops, seed_generators
+from trainer.loop import Progress, Speedometer, train
 from trainer.metrics import MetricsWriter
-from trainer.optimizer import build_optimizer, learning_rate_at
+from trainer.optimizer import build_optimizer, learning_rate_at, state_bytes
+from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
+from trainer.preemption import Stopped, StopRequest, end_stopped_siblings
+from trainer.watchdog import Watchdog
 
 
-def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
+def run(
+    config: TrainConfig, cache_dir: Path, ranks: Ranks, stop: StopRequest, attempt: Attempt
+) -> int:
     """One training job, from nothing to the export; every rank calls this.
 
     Returns:
@@ -56,39 +72,44 @@ def run(config: TrainConfig, cache_dir: Path, ranks: Ranks) -> int:
 
     Raises:
         DataError, ModelError, TrainError: what the user can mend.
+        Stopped: a signal came before the first step, or during the export.
     """
     device_type = choose_device(config.device, local_world_size=ranks.local_world_size)
-    configure(device_type, local_world_size=ranks.local_world_size)
+    output_dir = output_folder(config)
+    configure(device_type, local_world_size=ranks.local_world_size, output_dir=output_dir)
     data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
     micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
-    # One rank of a node, or of all nodes that share the cache, downloads and tokenises. The process group, whose collectives time out, comes after.
-    output_dir = Path(config.output_dir or f"outputs/{reporting.run_name(config)}")
     pinned = pin_revisions(config, output_dir)
-    prepared = once(
-        ranks,
-        "prepare",
-        partial(prepare, pinned, cache_dir, world_size=data.size, device_type=device_type),
-        shared_folder=cache_dir,
-    )
-    device = start(ranks, device_type)
-    job = Job(
-        config=config,
-        cache_dir=cache_dir,
-        output_dir=output_dir,
-        ranks=ranks,
-        data_rank=data,
-        device=device,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        grad_accum_steps=grad_accum_steps,
-        prepared=prepared,
-    )
     with ExitStack() as at_end:
+
+        def prepare_alone() -> dict[str, Any]:
+            if ranks.is_first and not config.dry_run:
+                at_end.enter_context(sole_writer(output_dir))
+            return prepare(pinned, cache_dir, world_size=data.size, device_type=device_type)
+
+        # One rank of a node, or of all nodes that share the cache, downloads and tokenises. The process group, whose collectives time out, comes after.
+        prepared = once(ranks, "prepare", prepare_alone, shared_folder=cache_dir)
+        device = start(ranks, device_type, timeout_seconds=config.guards.collective_timeout_seconds)
         at_end.callback(dist.destroy_process_group)
+        job = Job(
+            config=config,
+            cache_dir=cache_dir,
+            output_dir=output_dir,
+            ranks=ranks,
+            data_rank=data,
+            stop=stop,
+            attempt=attempt,
+            device=device,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            grad_accum_steps=grad_accum_steps,
+            prepared=prepared,
+        )
         if config.dry_run:
             folder = at_end.enter_context(temporary_output(ranks, output_dir))
             job = replace(job, output_dir=folder)
-        return _run(job, at_end)
+        with explained(job):
+            return _run(job, at_end)
 
 
 def _run(job: Job, at_end: ExitStack) -> int:
@@ -104,7 +125,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
     mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
     # What a model draws while training differs by rank, but not on ranks that compute together.
-    torch.manual_seed(config.seed + ranks.rank // config.parallel.tp)
+    seed_generators(config.seed + ranks.rank // config.parallel.tp)
     optimizer = build_optimizer(
         model,
         config.optimizer,
@@ -121,7 +142,8 @@ def _run(job: Job, at_end: ExitStack) -> int:
     )
     at_end.callback(checkpointer.close)
     settings = lasting_settings(job, mixture, tokenizer, model, steps)
-    progress, states = resume(job, checkpointer, settings, mixture)
+    part = part_record(job, model)
+    progress, states = resume(job, checkpointer, settings, mixture, part)
     batches = (
         open_stream(job, tokenizer, states)
         if mixture is None
@@ -129,7 +151,11 @@ def _run(job: Job, at_end: ExitStack) -> int:
     )
 
     def save(now: Progress) -> None:
-        state: dict[str, Any] = {"samples": now.samples, "settings": settings}
+        state: dict[str, Any] = {
+            "samples": now.samples,
+            "settings": settings,
+            "partial": part,
+        }
         if isinstance(batches, StreamedBatches):
             state["stream"] = gather_data(job, batches.state)
         elif mixture is not None and ranks.is_first:
@@ -142,17 +168,23 @@ def _run(job: Job, at_end: ExitStack) -> int:
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_first else lambda _: None
     say(reporting.header(job, model, weights, mixture, steps, progress))
     if config.dry_run:
-        say(plan_table(model, config.parallel))
+        say(plan_table(model, config.parallel, state_bytes(optimizer, config.optimizer)))
     if progress.step >= steps:
         say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
     raise_together(
-        reporting.write_run_files(job, mesh, weights, mixture) if ranks.is_first else None
+        reporting.write_run_files(job, model, mesh, weights, mixture) if ranks.is_first else None
     )
     raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
-    micro_batches = iter(batches)
+    micro_batches = slices(job, batches)
     if progress.step == 0 and weights is not None:
         micro_batches = judge_first_loss(job, model, micro_batches, say)
 
+    goodput = Goodput(
+        job.output_dir if ranks.is_first else None,
+        began=job.attempt.began,
+        compiled=config.parallel.compile,
+    )
+    (was_preempted,) = max_over_ranks([ranks.is_first and clear_preempted(job.output_dir)])
     before: dict[str, float] = {}
     after: dict[str, float] = {}
     peak, peak_origin = peak_flops(device, DTYPES[config.parallel.param_dtype])
@@ -160,17 +192,30 @@ def _run(job: Job, at_end: ExitStack) -> int:
         MetricsWriter(
             job.output_dir, config.log, is_first=ranks.is_first, steps=steps, step=progress.step
         ) as writer,
-        StopRequest().listening() as stop,
+        Watchdog(config.guards.hang_seconds, job.output_dir, job.attempt) as watchdog,
+        job.stop.deferred(),
     ):
 
         def evaluate(step: int) -> dict[str, float]:
-            values = {} if config.dry_run else evaluate_model(job, model, tokenizer)
+            with goodput.measure("evaluation"):
+                values = {} if config.dry_run else evaluate_model(job, model, tokenizer)
             if values:
                 writer.write({"step": step, **values})
             return values
 
+        def save_timed(now: Progress) -> None:
+            with goodput.measure("checkpoint"):
+                save(now)
+            writer.write_goodput(now.step, goodput.totals())
+
+        def advance(step: int, seconds: float, data_wait_seconds: float) -> None:
+            writer.advance()
+            goodput.step(step, seconds, data_wait_seconds)
+
         if progress.step == 0:
             before = evaluate(0)
+        if progress.step >= steps and was_preempted:  # maybe before its last evaluation
+            after = evaluate(progress.step)
         finished = train(
             model,
             optimizer,
@@ -191,14 +236,24 @@ def _run(job: Job, at_end: ExitStack) -> int:
             device=device,
             evaluate=lambda step: after.update(evaluate(step)),
             evaluate_every=config.evaluation.every,
-            save=save,
+            save=save_timed,
             save_every=config.checkpoint.every,
             log=writer.write,
             log_every=config.log.every,
-            advance=writer.advance,
-            stop=stop,
+            advance=advance,
+            stop=job.stop,
+            guards=Guards(
+                config.guards,
+                max_skipped_steps=config.optimizer.max_skipped_steps,
+                model=model,
+                optimizer=optimizer,
+                device=device,
+                tell=writer.tell,
+                attempt=job.attempt,
+                watchdog=watchdog,
+            ),
             speedometer=Speedometer(
-                flops=partial(training_flops, model.hf.config),
+                flops=partial(training_flops, model.hf.config, **flops_of_part(config, model)),
                 peak_flops=None if peak is None else peak * ranks.world_size,
             ),
             parallel=config.parallel,
@@ -207,18 +262,47 @@ def _run(job: Job, at_end: ExitStack) -> int:
         ledger = total_ledger(job, batches)
         raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
         say(reporting.stream_line(job, ledger))
+
+    def end_preempted(number: int) -> int:
+        goodput.write(ended=True)
+        if ranks.is_first:
+            mark_preempted(job.output_dir, signal.Signals(number), progress.step)
+        say(reporting.stopped(job, number, progress.step))
+        return 128 + number
+
+    try:
+        if finished and config.checkpoint.export and not config.dry_run:
+            export(job, model, tokenizer, step=progress.step)
+    except Stopped as stopped:
+        checkpointer.close()  # nothing collective any more: the ranks were at different places
+        return end_preempted(stopped.signal)
+    with job.stop.deferred(), goodput.measure("checkpoint"):
+        checkpointer.wait()  # behind the export: a full disk or a store out of reach costs no trained model
     if not finished:
-        checkpointer.wait()
-        (number,) = max_over_ranks([int(stop.signal or 0)])
-        say(reporting.stopped(job, int(number), progress.step))
-        return 128 + int(number)
+        (number,) = max_over_ranks([int(job.stop.signal or 0)])
+        return end_preempted(int(number))
+    goodput.write(ended=True)
+    totals = goodput.totals()
+    raise_together(reporting.record_goodput(job, totals) if ranks.is_first else None)
     if config.dry_run:
-        checkpointer.wait()
         prove_checkpoint(checkpointer, model, optimizer)
         say(summary(job.output_dir) if ranks.is_first else "")
         return 0
-    if config.checkpoint.export:
-        export(job, model, tokenizer, step=progress.step)
-    checkpointer.wait()  # behind the export: a full disk or a store out of reach costs no trained model
+    say(goodput_table(totals))
     say(reporting.footer(job, before, after, mfu_peak=peak_origin))
     return 0
+
+
+@contextmanager
+def explained(job: Job) -> Iterator[None]:
+    """Turn torch's errors that people meet into one line of ours."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        step, rank = job.attempt.step, job.ranks.rank
+        ours = explain(error, step=step, rank=rank, micro_batch_size=job.micro_batch_size)
+        if isinstance(ours, PeerLostError):
+            end_stopped_siblings()
+        if ours is not None:
+            raise ours from error
+        raise

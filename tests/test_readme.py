@@ -68,8 +68,22 @@ def test_flags_that_are_shown_exist() -> None:
         for action in build_parser(config, "script")._actions
         for option in action.option_strings
     }
-    other = {"--nproc_per_node", "--array", "--model", "--data"}  # of other programs; groups
-    for page in ("README", "docs/data", "docs/cache", "docs/prepare", "docs/streaming"):
+    other = {
+        "--nproc_per_node",
+        "--array",
+        "--model",
+        "--data",
+        "--adapter",
+        "--base",
+    }  # of other programs; groups
+    for page in (
+        "README",
+        "docs/data",
+        "docs/cache",
+        "docs/prepare",
+        "docs/streaming",
+        "docs/lora",
+    ):
         text = (ROOT / f"{page}.md").read_text(encoding="utf-8")
-        shown = set(re.findall(r"(?<![\w-])--[a-z_]+(?:\.[a-z_]+)*", text))
+        shown = set(re.findall(r"(?<![\w-])--[a-z_]+(?:\.[a-z0-9_]+)*", text))
         assert shown - known - other == set(), page

@@ -37,6 +37,9 @@ class ParallelConfig:
     prefetch_layers: int = 2
     """All-gathers on GPUs start this many layers ahead, so that they hide behind compute; each layer ahead holds its gathered parameters. 0 leaves it to FSDP."""
 
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which trained parameters and their gradients are kept, sharded; bfloat16 halves both, and every update is rounded (optimizer.rounding)."""
+
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the gathered parameters and of the computation."""
 
@@ -48,6 +51,9 @@ class ParallelConfig:
 
     checkpoint_every: int = 2
     """With selective activation checkpointing: one decoder layer of this many is recomputed."""
+
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Compute the linear layers of the decoder layers in float8 by torchao (the extra [torchao]), with one scale per tensor or per row; needs a GPU of capability 8.9 (H100: 9.0) or more."""
 
     compile: bool = False
     """Compile each decoder layer with torch.compile."""
@@ -85,13 +91,16 @@ class OptimizerConfig:
     """The learning rate of a head that is not tied to the embedding, as a multiple of learning_rate."""
 
     state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which running averages are kept between steps; bfloat16 halves them and rounds stochastically."""
+    """Type in which running averages are kept between steps; bfloat16 halves them."""
+
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How parameters and running averages that are kept in bfloat16 are rounded after a step; to nearest, small updates are lost."""
 
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this value; 0 does not clip."""
 
     max_skipped_steps: int = 5
-    """Stop after this many steps in a row were skipped because a gradient was not finite."""
+    """Stop when more steps than this in a row were skipped because a gradient was not finite; the error names their samples."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,8 @@ class CheckpointConfig:
     mirror: str | None = None
     """URL of a folder of any store that fsspec opens (s3://bucket/run) to which every checkpoint is copied; a run that finds a newer one there than in output_dir continues from it."""
 
-    export: bool = True
-    """Write a Hugging Face model to OUTPUT_DIR/export at the end."""
+    export: bool | Literal["adapter", "both"] = True
+    """Write a Hugging Face model to OUTPUT_DIR/export at the end, adapters merged into it; adapter writes them alone, in peft's format, to OUTPUT_DIR/adapter; both writes both."""
 
     verify_export: bool = True
     """Read every file of the export again and compare it, by SHA-256, with what it should hold; costs one more read."""
@@ -172,3 +181,26 @@ class LogConfig:
 
     progress: bool = True
     """Show a progress bar on rank 0."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What watches over a run."""
+
+    check_every: int = 100
+    """Steps between checks that all ranks agree (step, samples, optimizer, checksums of replicated parameters) and that none is slow; 0 never checks."""
+
+    slow_rank_ratio: float = 1.5
+    """Warn of a rank that needs this many times the median rank's time for its own work (data, and the forward pass of its layers) since the last check; 0 never."""
+
+    spike_window: int = 100
+    """Losses a new one is compared with; 0 looks for no spikes."""
+
+    spike_deviations: float = 8.0
+    """Warn of a loss this many deviations (1.4826 times the median absolute deviation) above the median of the window."""
+
+    hang_seconds: float = 600.0
+    """A step that takes longer ends the rank, for the launcher to restart, with the stacks of all its threads in OUTPUT_DIR/stacks-rank-N.txt; 0 waits for ever."""
+
+    collective_timeout_seconds: float = 1800.0
+    """Time after which ranks give up waiting for another one in a collective operation, also while rank 0 saves or exports."""

@@ -183,8 +183,13 @@ def _wait(store: dist.Store, keys: list[str], *, seconds: float = float("inf")) 
         ) from error
 
 
-def start(ranks: Ranks, device_type: Literal["cpu", "cuda"]) -> torch.device:
-    """Create the process group (gloo on CPU; NCCL beside gloo on CUDA) and return this rank's device."""
+def start(
+    ranks: Ranks, device_type: Literal["cpu", "cuda"], *, timeout_seconds: float = 1800
+) -> torch.device:
+    """Create the process group (gloo on CPU; NCCL beside gloo on CUDA) and return this rank's device.
+
+    A collective operation fails when a rank has not joined it after `timeout_seconds`.
+    """
     device = (
         torch.device(device_type, ranks.local_rank)
         if device_type == "cuda"
@@ -197,7 +202,7 @@ def start(ranks: Ranks, device_type: Literal["cpu", "cuda"]) -> torch.device:
         store=ranks.store or dist.HashStore(),
         rank=ranks.rank,
         world_size=ranks.world_size,
-        timeout=timedelta(minutes=30),
+        timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device_type == "cuda" else None,
     )
     return device

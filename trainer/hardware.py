@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import time
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from trainer.errors import TrainError
@@ -45,16 +48,24 @@ def choose_device(
     return "cuda"
 
 
-def configure(device_type: Literal["cpu", "cuda"], *, local_world_size: int) -> None:
-    """Settings for the whole process; call before the first tensor is put on a GPU. Not yet run on a GPU."""
+def configure(
+    device_type: Literal["cpu", "cuda"], *, local_world_size: int, output_dir: Path | None = None
+) -> None:
+    """Settings for the whole process; call before the first tensor is put on a GPU. Not yet run on a GPU.
+
+    NCCL's flight recorder leaves what it knows of a collective that timed out in `output_dir`.
+    """
     if device_type == "cuda":
         # Packed rows have one shape, but loss and evaluation do not: growing segments instead of caching blocks of
         # every size keeps reserved memory near allocated memory.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         # An error in one rank's collective ends that rank with a message instead of hanging the others.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-        # Keep the last collectives in a ring buffer, so that a hang can be explained afterwards.
-        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+        # Keep the last collectives in a ring buffer, and write it when one times out: a hang can be explained afterwards.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        if output_dir is not None:
+            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(output_dir / "nccl-trace-rank-"))
         # What is left in fp32 (norm statistics, the loss) may use TF32 tensor cores; parameters compute in bf16.
         torch.set_float32_matmul_precision("high")
     else:
@@ -94,3 +105,10 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kibibytes on Linux
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every generator whose state a checkpoint keeps: Python's, numpy's, torch's on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.distributed import max_over_ranks, sum_over_ranks
-from trainer.errors import TrainError
+from trainer.guards import Guards
 from trainer.hardware import peak_memory_gib
-from trainer.optimizer import clip_gradients, set_learning_rate
+from trainer.optimizer import clip_gradients, rounding_metrics, set_learning_rate
 from trainer.parallel import set_gradient_sync
+from trainer.preemption import StopRequest
 
 Batch = Mapping[str, Tensor]
 DATA_PARALLEL = ParallelConfig()
@@ -46,30 +45,6 @@ class Speedometer:
     """Of all ranks together."""
 
 
-class StopRequest:
-    """Set by SIGTERM or ctrl-C; the loop agrees on it over all ranks and stops after the step it is in."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Catch the first signal; a second ctrl-C ends the process as usual."""
-
-        def remember(number: int, _frame: object) -> None:
-            self.signal = signal.Signals(number)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = {
-            number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -90,8 +65,9 @@ def train(
     save_every: int,
     log: Callable[[dict[str, Any]], None],
     log_every: int,
-    advance: Callable[[], None],
+    advance: Callable[[int, float, float], None],
     stop: StopRequest,
+    guards: Guards,
     speedometer: Speedometer,
     parallel: ParallelConfig = DATA_PARALLEL,
 ) -> bool:
@@ -105,7 +81,7 @@ def train(
         loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the valid labels of this rank's tokens; see
             `Window.add` for the metrics.
         learning_rate: pure function of the step.
-        optimizer_config: clipping and how many steps in a row may be skipped.
+        optimizer_config: clipping.
         progress: advanced in place.
         steps: the last step of the run.
         global_batch_size: packed rows per step over all ranks.
@@ -118,23 +94,24 @@ def train(
         save_every: 0 for only at the end.
         log: gets one dictionary per `log_every` steps, on every rank.
         log_every: steps.
-        advance: called after every step.
+        advance: called after every step with it, its seconds, and those of them spent waiting for batches.
         stop: polled once per step.
+        guards: decide whether a step counts, and end a run that went wrong.
         speedometer: turns counts into `mfu_pct`.
-        parallel: of its axes, ranks along `cp` and `tp` have the same batches, those along `tp` also the same loss.
+        parallel: of its axes, ranks along `cp` and `tp` have the same rows and counts, those along `tp` also the same loss.
 
     Returns:
-        True when the last step was reached, False when a stop was requested.
+        True when everything was done, False when a stop was requested: then all steps up to it are saved.
 
     Raises:
-        TrainError: too many steps in a row had a gradient that is not finite.
+        TrainError: too many steps in a row had a gradient that is not finite, or the ranks disagree.
     """
     batches = iter(batches)
     window = Window(speedometer, loss_copies=parallel.tp)
-    skipped = 0
 
     for step in range(progress.step + 1, steps + 1):
         # The whole step's batches are fetched first: their token counts are the divisor of every loss in it.
+        guards.begin_step(step)
         window.begin_step()
         micro_batches = [next(batches) for _ in range(grad_accum_steps)]
         window.end_data_wait()
@@ -154,22 +131,15 @@ def train(
             window.add({"loss": loss_sum, **metrics})
 
         grad_norm = clip_gradients(model.parameters(), optimizer_config.max_grad_norm)
-        if math.isfinite(grad_norm):  # the norm is global: all ranks decide alike
+        if guards.accept(grad_norm, window.step_loss, micro_batches):  # alike on all ranks
             set_learning_rate(optimizer, learning_rate(step))
             optimizer.step()
-            skipped = 0
-        else:
-            skipped += 1
         optimizer.zero_grad()
         progress.step, progress.samples = step, progress.samples + global_batch_size
-        window.end_step(counts)
-        advance()
+        seconds, data_wait_seconds = window.end_step(counts)
+        advance(step, seconds, data_wait_seconds)
+        guards.end_step(progress.samples, data_wait_seconds)
 
-        if skipped > optimizer_config.max_skipped_steps:
-            raise TrainError(
-                f"the gradient was not finite in {skipped} steps in a row, the last being step {step}; "
-                "lower --optimizer.learning_rate, or look at the data of these steps"
-            )
         if step % log_every == 0 or step == steps:
             log(
                 {
@@ -178,18 +148,20 @@ def train(
                     **window.row(device),
                     "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                     "learning_rate": learning_rate(step),
-                    "skipped_steps": skipped,
+                    "skipped_steps": guards.skipped,
+                    "loss_spikes": guards.count_spikes(window.losses),
+                    **rounding_metrics(optimizer),
                 }
             )
             window = Window(speedometer, loss_copies=parallel.tp)
-        stopping = stop_votes > 0 and step < steps
+        stopping = stop_votes > 0
         if (save_every and step % save_every == 0) or step == steps or stopping:
             save(progress)
         if stopping:
             return False
         if (evaluate_every and step % evaluate_every == 0) or step == steps:
             evaluate(step)
-    return True
+    return not stop.agreed()
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -198,21 +170,30 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 class Window:
-    """Sums over the steps since the last logged row. Nothing here waits for the device until `row`."""
+    """Sums over the steps since the last logged row. Nothing here waits for the device until `row`.
+
+    Attributes:
+        step_loss: this rank's loss of the step that is under way, on the device.
+        losses: of each step, the mean over its valid tokens on all ranks; known after `row`.
+    """
 
     def __init__(self, speedometer: Speedometer, *, loss_copies: int) -> None:
         self._speedometer = speedometer
         self._loss_copies = loss_copies
+        self.step_loss, self.losses = torch.zeros(()), list[float]()
         self._sums: dict[str, Tensor] = {}
+        self._step_losses: list[Tensor] = []
+        self._valid_tokens: list[float] = []
         self._counts = [0.0] * 4
         self._steps = 0
         self._seconds = self._data_wait_seconds = 0.0
 
     def begin_step(self) -> None:
         self._began = time.perf_counter()
+        self.step_loss = torch.zeros(())
 
     def end_data_wait(self) -> None:
-        self._data_wait_seconds += time.perf_counter() - self._began
+        self._data_wait = time.perf_counter() - self._began
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Take sums over a micro-batch of this rank; the same names come from every rank, in the same order.
@@ -225,19 +206,29 @@ class Window:
         for name, value in metrics.items():
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+            if name == "loss":
+                self.step_loss = value + self.step_loss
 
-    def end_step(self, counts: Sequence[float]) -> None:
-        """Take the step's counts over all ranks."""
+    def end_step(self, counts: Sequence[float]) -> tuple[float, float]:
+        """Take the step's counts over all ranks; returns its seconds, and those spent waiting for data."""
+        seconds = time.perf_counter() - self._began
+        self._step_losses.append(self.step_loss)
+        self._valid_tokens.append(counts[2])
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         self._steps += 1
-        self._seconds += time.perf_counter() - self._began
+        self._seconds += seconds
+        self._data_wait_seconds += self._data_wait
+        return seconds, self._data_wait
 
     def row(self, device: torch.device) -> dict[str, Any]:
         """Means and sums over all ranks and the steps of the window; `loss` is the mean over all valid tokens."""
-        sums = torch.cat([value.flatten() for value in self._sums.values()])
+        losses = torch.stack(self._step_losses)
+        sums = torch.cat([losses, *(value.flatten() for value in self._sums.values())])
         totals = torch.tensor(
             sum_over_ranks(sums.tolist(), copies=self._loss_copies), dtype=torch.float64
         )
+        losses, totals = totals[: len(losses)], totals[len(losses) :]
+        self.losses = (losses / torch.tensor(self._valid_tokens).clamp(min=1)).tolist()
         # Steps end together, so the slowest rank's clock is the run's.
         seconds, data_wait, memory = max_over_ranks(
             [self._seconds, self._data_wait_seconds, peak_memory_gib(device)]
@@ -287,10 +278,12 @@ def evaluate_loss(
     loss_fn: LossFunction,
     device: torch.device,
     parallel: ParallelConfig = DATA_PARALLEL,
+    stop: StopRequest | None = None,
 ) -> float:
     """Mean loss per valid token over all batches of all ranks; the same for any number of ranks.
 
     Every rank must bring the same number of batches; one with nothing left brings padding. Of `parallel`, see `train`.
+    When `stop` is requested meanwhile it ends early, and the value means nothing.
     """
     was_training = model.training
     model.eval()
@@ -299,6 +292,8 @@ def evaluate_loss(
         loss_sum, metrics = loss_fn(model, to_device(batch, device))
         loss += metrics.get("loss", loss_sum).double().cpu()
         valid += int(batch["counts"][2])
+        if stop is not None and stop.agreed():
+            break
     model.train(was_training)
     if isinstance(model, FSDPModule):
         model.reshard()  # without a backward nobody frees the root's gathered parameters

@@ -19,11 +19,14 @@ TENSORBOARD_GROUPS = {
     "loss": "train",
     "grad_norm": "train",
     "learning_rate": "train",
+    "update_rounded_to_zero_pct": "train",
     "router_aux_loss": "train",
     "expert_load_max_ratio": "train",
     "expert_load_idle_pct": "train",
     "eval_loss": "evaluation",
     "exact_match_pct": "evaluation",
+    "loss_spikes": "train",
+    "skipped_steps": "train",
 }
 
 
@@ -42,6 +45,7 @@ class MetricsWriter:
             step: steps already done.
         """
         self._file = self._tensorboard = self._bar = None
+        self._events = folder / "events.jsonl"
         if not is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +97,20 @@ class MetricsWriter:
             elif self._lines:
                 left = tqdm.format_interval((self._steps - row["step"]) * row["step_seconds"])
                 print(f"step {row['step']}/{self._steps}  {numbers}, {left} left", flush=True)
+
+    def write_goodput(self, step: int, totals: Mapping[str, float]) -> None:
+        """Where the time of the run went up to `step`, to TensorBoard."""
+        if self._tensorboard is not None:
+            for name, value in totals.items():
+                self._tensorboard.add_scalar(f"goodput/{name}", value, step)
+
+    def tell(self, step: int, event: str, line: str, **details: Any) -> None:
+        """Warn of something that people should know, and keep it in events.jsonl, also of steps that are run again."""
+        if self._file is None:
+            return
+        tqdm.write(f"warning: {line}", file=sys.stderr)
+        with self._events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "event": event, **details, "line": line}) + "\n")
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trainer.config import OptimizerConfig, ScheduleConfig
+from trainer.distributed import sum_over_ranks
 from trainer.errors import TrainError
 from trainer.hardware import FUSED_OPTIMIZER
+from trainer.precision import BYTES
 
 STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -36,8 +40,8 @@ def build_optimizer(
         head: likewise by `head_lr_ratio`; where it is the embedding, the embedding's ratio counts.
 
     Returns:
-        torch's AdamW, fused where the device has a fused kernel, or a `GroupedOptimizer`. Hyperparameters stay as
-        configured when a saved state is loaded.
+        torch's AdamW, fused where the device has a fused kernel; a `GroupedOptimizer` for Muon and where parameters
+        or state are bf16. Hyperparameters stay as configured when a saved state is loaded.
 
     Raises:
         TrainError: Muon was asked for and has no matrix to update.
@@ -71,7 +75,8 @@ def build_optimizer(
         }
         for (muon, decays, role), parameters in groups.items()
     ]
-    if config.name == "muon" or config.state_dtype != "float32":
+    bf16_masters = any(p.dtype == torch.bfloat16 for trained in groups.values() for p in trained)
+    if config.name == "muon" or config.state_dtype != "float32" or bf16_masters:
         optimizer = GroupedOptimizer(described, config)
     else:
         optimizer = torch.optim.AdamW(
@@ -95,17 +100,24 @@ def build_optimizer(
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """Muon in groups with `muon` set, AdamW in the others; state in `config.state_dtype`, update in fp32.
+    """Muon in groups with `muon` set, AdamW in the others; every update is computed in fp32.
 
-    What is kept in bf16 is rounded stochastically: to nearest, a running average would stop moving as soon as a step
-    changes it by less than its last bit. The noise depends on the step and the parameter's place only, so a continued
-    run repeats it and replicas of a shard stay equal.
+    Parameters are fp32 or bf16, state is in `config.state_dtype`. What is kept in bf16 is
+    rounded stochastically unless `config.rounding` is `nearest`, where a weight or an average stops moving as soon as a
+    step changes it by less than half of its last bit. The noise is a function of the step, the tensor and the element's
+    place in the whole tensor: a continued run repeats it, replicas stay equal, and the number of ranks does not matter.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
-        super().__init__(groups, {"lr": config.learning_rate})
+        # With the keys of torch's AdamW, so that either continues what the other has saved.
+        blank = torch.optim.AdamW([nn.Parameter(torch.empty(0))], lr=config.learning_rate)
+        super().__init__(groups, blank.defaults)
         self._config = config
         self._dtype = STATE_DTYPES[config.state_dtype]
+        masters = {p.dtype for group in self.param_groups for p in group["params"]}
+        self.unmoved = torch.zeros(2, dtype=torch.int64) if torch.bfloat16 in masters else None
+        """Of this rank's bf16 masters since it was set to zero: elements that stayed as they were though their step
+        had an update for them, and elements with an update; [2]. None where all masters are fp32."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -121,16 +133,18 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _adamw(self, parameter: Tensor, rate: float, weight_decay: float, place: int) -> None:
         """https://arxiv.org/abs/1711.05101"""
         beta1, beta2 = self._config.betas
-        weight, grad = _local(parameter), _local(parameter.grad)
+        weight, grad = _local(parameter).float(), _local(parameter.grad).float()
         state = self._state(parameter, "exp_avg", "exp_avg_sq")
-        mean, square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
-        exact_mean = mean.float().lerp_(grad, 1 - beta1)
-        exact_square = square.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        mean = _exact(state["exp_avg"]).lerp_(grad, 1 - beta1)
+        square = _exact(state["exp_avg_sq"]).mul_(beta2)
+        square.addcmul_(grad, grad, value=1 - beta2)
         step = int(state["step"])
-        denominator = exact_square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(self._config.eps)
+        denominator = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(self._config.eps)
         weight.mul_(1 - rate * weight_decay)
-        weight.addcdiv_(exact_mean, denominator, value=-rate / (1 - beta1**step))
-        _keep([(mean, exact_mean), (square, exact_square)], step, place)
+        weight.addcdiv_(mean, denominator, value=-rate / (1 - beta1**step))
+        self._keep(parameter, weight, (step, place, 0))
+        self._keep(state["exp_avg"], mean, (step, place, 1))
+        self._keep(state["exp_avg_sq"], square, (step, place, 2))
 
     def _muon(self, parameter: Tensor, rate: float, weight_decay: float, place: int) -> None:
         """https://kellerjordan.github.io/posts/muon, with Nesterov momentum.
@@ -139,11 +153,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         rank computes the same result and takes its own shard of it.
         """
         momentum, adjustment = self._config.muon_momentum, self._config.muon_lr_adjustment
-        weight, grad = _local(parameter), _local(parameter.grad)
+        weight, grad = _local(parameter).float(), _local(parameter.grad).float()
         state = self._state(parameter, "momentum_buffer")
-        kept = _local(state["momentum_buffer"])
-        exact = kept.float().lerp_(grad, 1 - momentum)
-        direction = grad.lerp(exact, momentum)
+        average = _exact(state["momentum_buffer"]).lerp_(grad, 1 - momentum)
+        direction = grad.lerp(average, momentum)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
             whole = DTensor.from_local(
@@ -160,7 +173,25 @@ class GroupedOptimizer(torch.optim.Optimizer):
         else:
             unit_step = _orthogonal_step(direction, adjustment)
         weight.mul_(1 - rate * weight_decay).add_(unit_step, alpha=rate)
-        _keep([(kept, exact)], int(state["step"]), place)
+        step = int(state["step"])
+        self._keep(parameter, weight, (step, place, 0))
+        self._keep(state["momentum_buffer"], average, (step, place, 1))
+
+    def _keep(self, kept: Tensor, exact: Tensor, key: tuple[int, int, int]) -> None:
+        """Store exact fp32 values of this rank's part; fp32 tensors were updated in place, `float()` copied nothing."""
+        local = _local(kept)
+        if local.dtype != torch.bfloat16:
+            return
+        if self._config.rounding == "stochastic":
+            rounded = stochastic_bfloat16(exact, rounding_noise(kept, key))
+        else:
+            rounded = exact.bfloat16()
+        if isinstance(kept, nn.Parameter):
+            moves = exact != local
+            counts = torch.stack([(moves & (rounded == local)).sum(), moves.sum()])
+            assert self.unmoved is not None
+            self.unmoved = self.unmoved.to(counts.device) + counts
+        local.copy_(rounded)
 
     def _state(self, parameter: Tensor, *names: str) -> dict[str, Any]:
         """The parameter's state in the step that begins, its count on the host; zeros at first."""
@@ -191,6 +222,11 @@ def _local(tensor: Tensor | None) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _exact(state: Tensor) -> Tensor:
+    """This rank's part of a running average in fp32; the stored tensor itself where it is fp32."""
+    return _local(state).float()
+
+
 def _orthogonal_step(matrix: Tensor, adjustment: str) -> Tensor:
     """The step of torch's Muon along a whole matrix: rate 1, no momentum, no decay."""
     target = nn.Parameter(torch.zeros_like(matrix))
@@ -201,22 +237,59 @@ def _orthogonal_step(matrix: Tensor, adjustment: str) -> Tensor:
     return target.detach()
 
 
-def _keep(states: Iterable[tuple[Tensor, Tensor]], step: int, place: int) -> None:
-    """Store exact fp32 values in the state. fp32 state was updated in place: `float()` did not copy it."""
-    for number, (kept, exact) in enumerate(states):
-        if kept.dtype == torch.bfloat16:
-            seed = (step << 20) + 2 * place + number
-            generator = torch.Generator(kept.device).manual_seed(seed)
-            kept.copy_(stochastic_bfloat16(exact, generator))
-
-
-def stochastic_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Round finite fp32 values to one of their two bf16 neighbours, so that the expectation is the value itself."""
-    noise = torch.randint(
-        1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
+def state_bytes(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> float:
+    """Bytes of the running averages of this rank once every parameter has been updated."""
+    return sum(
+        _local(parameter).numel() * BYTES[config.state_dtype] * (1 if group["muon"] else 2)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     )
+
+
+def rounding_noise(tensor: Tensor, key: tuple[int, int, int]) -> Tensor:
+    """Sixteen random bits for each element of this rank's part of a tensor, int32 in its local shape.
+
+    They are a hash of `key` and of the element's place in the whole tensor, so however it is sharded, an element gets the
+    same bits. (A generator would give every shard the same ones.)
+    """
+    local, starts = _local(tensor), (0,) * tensor.ndim
+    if isinstance(tensor, DTensor):
+        _, starts = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+    bits = torch.zeros((), dtype=torch.int32, device=local.device)
+    for whole, size, start in zip(tensor.shape, local.shape, starts, strict=True):
+        places = torch.arange(start, start + size, dtype=torch.int32, device=local.device)
+        bits = bits.unsqueeze(-1) * whole + places
+    bits = bits ^ (random.Random(repr(key)).getrandbits(32) - (1 << 31))
+    # Two rounds of the hash lowbias32, https://github.com/skeeto/hash-prospector; products wrap, shifts keep the sign out.
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
+        bits *= factor
+    return (bits >> 16) & 0xFFFF
+
+
+def stochastic_bfloat16(values: Tensor, noise: Tensor) -> Tensor:
+    """Round finite fp32 values to one of their two bf16 neighbours, so that the expectation is the value itself.
+
+    Args:
+        values: fp32.
+        noise: int32 of the same shape, evenly spread over 0 to 65,535.
+    """
     # A bf16 is the upper half of an fp32: a carry out of the lower half is as likely as that half is large.
     return (values.view(torch.int32) + noise).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
+
+
+def rounding_metrics(optimizer: torch.optim.Optimizer) -> dict[str, float | None]:
+    """`update_rounded_to_zero_pct` of all ranks since the last call; {} where no master is bf16.
+
+    Every rank calls this; it waits for the device.
+    """
+    if not isinstance(optimizer, GroupedOptimizer) or optimizer.unmoved is None:
+        return {}
+    unmoved, moving = sum_over_ranks(optimizer.unmoved.tolist())
+    optimizer.unmoved.zero_()
+    return {"update_rounded_to_zero_pct": 100 * unmoved / moving if moving else None}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -263,9 +336,11 @@ def clip_gradients(parameters: Iterable[Tensor], max_grad_norm: float) -> float:
             meshes.setdefault(mesh, []).append(parameter)
     norms = []
     for together in meshes.values():
-        norm = torch.nn.utils.get_total_norm([p.grad for p in together if p.grad is not None])
+        # In fp32, also where gradients are bf16.
+        each = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in together]
+        norm = torch.linalg.vector_norm(torch.stack(each))
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    norm = torch.nn.utils.get_total_norm(norms) if len(norms) > 1 else norms[0]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     value = float(norm)
     if max_grad_norm > 0 and value > max_grad_norm and math.isfinite(value):
         for together in meshes.values():

@@ -1,7 +1,7 @@
 """Sharding from outside: a plain single-device module becomes a sharded one, in a fixed order.
 
-Tensor parallelism, then activation checkpointing, then compile, then `fully_shard`: hooks of FSDP stay outside of what is
-recomputed or compiled, and parameter names never change.
+Tensor parallelism, float8, then compile, then activation checkpointing, then `fully_shard`: what is compiled is recomputed
+as a whole, hooks of FSDP stay outside of both, and parameter names never change.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from trainer.config import ParallelConfig
 from trainer.errors import TrainError
+from trainer.precision import compute_in_float8
 
 # The protocol of torch.distributed.fsdp.wrap: called once with recurse=True (go into this module's children?), once
 # with recurse=False (make it a group, given how many of its parameters its children have not taken?).
@@ -51,13 +53,19 @@ class DataRank:
 
     rank: int
     size: int
+    part: int
+    """Along `cp`: which of `parts` slices of every row; ranks along `tp` work on the same."""
+    parts: int
 
 
 def data_rank(config: ParallelConfig, *, rank: int, world_size: int) -> DataRank:
     """The place of `rank` along `dp_replicate` and `dp_shard`; raises as `mesh_sizes`."""
     sizes = mesh_sizes(config, world_size=world_size)
     return DataRank(
-        rank // (sizes["cp"] * sizes["tp"]), size=sizes["dp_replicate"] * sizes["dp_shard"]
+        rank=rank // (sizes["cp"] * sizes["tp"]),
+        size=sizes["dp_replicate"] * sizes["dp_shard"],
+        part=rank // sizes["tp"] % sizes["cp"],
+        parts=sizes["cp"],
     )
 
 
@@ -223,10 +231,10 @@ def parallelise(
     forward_methods: Iterable[str] = (),
     layer_plan: Mapping[str, ParallelStyle] | None = None,
 ) -> list[nn.Module]:
-    """Apply tensor parallelism, activation checkpointing, compile and FSDP2 to `model`, in place.
+    """Apply tensor parallelism, masters' type, float8, compile, activation checkpointing and FSDP2, in place.
 
     Args:
-        model: fp32 parameters, real or on the meta device.
+        model: fp32 parameters, real or on the meta device; those that are trained get `config.master_dtype`.
         config: policy, precision, resharding, offloading, what is recomputed.
         mesh: from `build_mesh`.
         layer_classes: the decoder layers: what is recomputed and what is compiled.
@@ -239,15 +247,21 @@ def parallelise(
     """
     layers = [module for module in model.modules() if isinstance(module, tuple(layer_classes))]
     if config.tp > 1:
-        # It would say on every rank that gathering a parameter of both axes, as for an export, takes two steps.
+        # Every rank would say that gathering a parameter of both axes, as for an export, takes two steps, and that
+        # what a group of less than a layer returns must not be changed in place: transformers does not.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         for layer in layers:
             # Every rank has the same whole parameters, or none yet: each takes its part of its own.
             parallelize_module(layer, mesh["tp"], dict(layer_plan or {}), src_data_rank=None)
-    checkpoint_activations(layers, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != DTYPES[config.master_dtype]:
+            parameter.data = parameter.data.to(DTYPES[config.master_dtype])
+    if config.float8 != "none":
+        compute_in_float8(layers, config.float8)
     if config.compile:
-        for layer in layers:
-            layer.compile()
+        compile_layers(layers)
+    checkpoint_activations(layers, config)
     groups = [
         *select_groups(
             model,
@@ -256,10 +270,8 @@ def parallelise(
         ),
         model,
     ]
-    param_dtype = DTYPES[config.param_dtype]
     precision = MixedPrecisionPolicy(
-        param_dtype=None if param_dtype == torch.float32 else param_dtype,
-        reduce_dtype=DTYPES[config.reduce_dtype],
+        param_dtype=DTYPES[config.param_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
     )
     on_gpu = mesh.device_type == "cuda"
     # Pinned memory is copied while the GPU computes.
@@ -283,6 +295,12 @@ def parallelise(
     if on_gpu:
         set_prefetch(layers, config.prefetch_layers)
     return groups
+
+
+def compile_layers(layers: Sequence[nn.Module], *, backend: str = "inductor") -> None:
+    """Compile the forward of each of `layers`, for the shapes it meets; hooks, FSDP's too, run outside."""
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend)
 
 
 def checkpoint_activations(layers: Sequence[nn.Module], config: ParallelConfig) -> None:
@@ -337,7 +355,9 @@ class PlanRow:
     """Name of the module in the model; the root is `(root)`."""
     parameters: int
     master_bytes: int
-    """Of fp32 masters on the rank that holds most of them; gradients are as many, AdamW's state twice as many."""
+    """Of what is kept, masters or frozen weights, on the rank that holds most of it."""
+    trained_bytes: int
+    """Of the masters among them; gradients are as many."""
     gathered_bytes: int
     """While the group computes; of what tensor parallelism splits, a rank's part."""
 
@@ -356,6 +376,9 @@ def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
                 group=name or "(root)",
                 parameters=numel,
                 master_bytes=sum(_largest_shard(p) * p.element_size() for p in parameters),
+                trained_bytes=sum(
+                    _largest_shard(p) * p.element_size() for p in parameters if p.requires_grad
+                ),
                 gathered_bytes=sum(_largest_shard(p, of="tp") for p in parameters)
                 * DTYPES[config.param_dtype].itemsize,
             )
@@ -381,16 +404,3 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
         model.set_is_last_backward(last)
-
-
-def precision_table(
-    config: ParallelConfig, *, state_dtype: str, export_dtype: str
-) -> dict[str, str]:
-    """The precision contract of a run, for people and for run.json."""
-    return {
-        "masters": "float32",
-        "optimizer state": state_dtype,
-        "compute and all-gather": config.param_dtype,
-        "reduction": config.reduce_dtype,
-        "export": export_dtype,
-    }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.errors import DataError
-from data.loader import IGNORE_INDEX, PackedBatches, read_ahead
+from data.loader import IGNORE_INDEX, PackedBatches, read_ahead, slice_sequence
 from data.mixture import mix
 from data.packing import pack
 from data.store import PackedStore, TokenStore
@@ -96,6 +96,23 @@ def test_shapes_are_fixed_and_counts_true(store: TokenStore) -> None:
         for row_start in (0, SEQ_LEN):
             assert row_start in batch["document_offsets"]
     assert len(fixed) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_slices_of_rows_make_the_whole_rows(store: TokenStore, size: int) -> None:
+    batch = next(iter(_batches(store, micro_batch_size=3)))
+    slices = [slice_sequence(batch, rank, size) for rank in range(size)]
+    for name in ("input_ids", "labels", "position_ids"):
+        assert {part[name].shape for part in slices} == {(3, SEQ_LEN // size)}
+        assert torch.equal(torch.cat([part[name] for part in slices], dim=1), batch[name])
+    labelled = 0
+    for part in slices:
+        labels = part["labels"].flatten()
+        assert (labels[part["label_positions"]] != IGNORE_INDEX).all()
+        labelled += len(part["label_positions"])
+        for name in ("document_offsets", "counts", "sample_index"):
+            assert torch.equal(part[name], batch[name])
+    assert labelled == len(batch["label_positions"]) > 0
 
 
 def _step_samples(store: TokenStore, world_size: int, micro: int, steps: int) -> list[list[int]]:

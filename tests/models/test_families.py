@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,34 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.embedded import build_tokenizer
-from models.build import CONFIG_CLASSES, build_model, check_packing, materialise
+from models.build import (
+    CONFIG_CLASSES,
+    build_model,
+    check_packing,
+    decoder_layer_classes,
+    materialise,
+)
 from models.causal_lm import PackedCausalLM
+from models.config import LoraConfig
+from models.context_parallel import check_context_parallel
 from models.errors import ModelError
 from models.export import export_model
 from models.layers import linear_attention_layers, sparse_layers
+from models.partial import freeze
+from models.tensor_parallel import tensor_parallel_plan
 from models.weights import load_weights
-from scripts.modelling import shard, training_loss
+from scripts.modelling import training_loss
+from tests.models.test_partial import CASES as LORA_CASES
 from tests.support.command import ROOT
+from tests.support.guards import plain_guards
 from tests.support.models import packed_batch, random_documents, save_checkpoint, tiny_config
 from tests.support.ranks import run_ranks
 from trainer.checkpoint import Checkpointer
 from trainer.config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from trainer.loop import Progress, Speedometer, StopRequest, train
+from trainer.loop import Progress, Speedometer, train
 from trainer.optimizer import build_optimizer
-from trainer.parallel import build_mesh
+from trainer.parallel import build_mesh, parallelise
+from trainer.preemption import StopRequest
 
 pytestmark = pytest.mark.distributed
 
@@ -44,6 +59,9 @@ TABLE = {
     "loads": FAMILIES,
     "trains packed": ATTENDING,
     "trains unpacked": FAMILIES,
+    "LoRA": FAMILIES,
+    "tensor parallel": ["qwen2", "qwen3"],
+    "context parallel": ["qwen2", "qwen3"],
     "resumes": FAMILIES,
     "exports": FAMILIES,
 }
@@ -101,12 +119,20 @@ class _Run:
         parallel = ParallelConfig(param_dtype="float32")
         self.model = build_model(tiny_config(kind, **_changes(kind)), attention="packed", seed=None)
         mesh = build_mesh(parallel, world_size=dist.get_world_size(), device_type="cpu")
-        shard(self.model, parallel, mesh)
+        parallelise(
+            self.model,
+            parallel,
+            mesh,
+            layer_classes=decoder_layer_classes(self.model),
+            root_parameters=[self.model.head.weight],
+        )
         materialise(self.model, CPU)
         load_weights(self.model, folder)
         self.config = OptimizerConfig(learning_rate=1e-4)
         self.optimizer = build_optimizer(self.model, self.config)
-        self.checkpointer = Checkpointer(out, self.model, self.optimizer, CheckpointConfig())
+        self.checkpointer = Checkpointer(
+            out, self.model, self.optimizer, CheckpointConfig(asynchronous=False)
+        )
 
     def train(self, progress: Progress) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -129,8 +155,9 @@ class _Run:
             save_every=SAVED,
             log=rows.append,
             log_every=1,
-            advance=lambda: None,
+            advance=lambda *_: None,
             stop=StopRequest(),
+            guards=plain_guards(self.model, self.optimizer),
             speedometer=Speedometer(lambda *counts: 0.0, None),
         )
         return rows
@@ -228,6 +255,28 @@ def test_what_cannot_be_packed_is_refused_with_the_remedy(kind: str) -> None:
     model = build_model(hf_config, attention="packed", seed=0)
     with pytest.raises(ValueError, match="can't keep packed sequences apart"):
         model(packed_batch([random_documents([12, 12])], SEQ_LEN))
+
+
+@pytest.mark.parametrize("kind", TABLE["LoRA"])
+def test_takes_adapters(kind: str) -> None:
+    """They are trained beside peft in test_partial.py."""
+    assert f"family {kind}" in LORA_CASES
+    model = build_model(tiny_config(kind), attention="packed", seed=None)
+    freeze(model, LoraConfig(rank=2), last_layers=0, dtype=torch.bfloat16)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_layers_and_rows_are_split_or_refused(kind: str) -> None:
+    """What is split is trained in test_tensor_parallel.py and test_context_parallel.py."""
+    hf_config = tiny_config(kind)
+    for column, split in (
+        ("tensor parallel", partial(tensor_parallel_plan, hf_config, 2)),
+        ("context parallel", partial(check_context_parallel, hf_config, cp=2)),
+    ):
+        with nullcontext() if kind in TABLE[column] else pytest.raises(ModelError, match=kind):
+            split()
 
 
 @pytest.mark.parametrize("kind", _each("resumes"))

@@ -106,7 +106,9 @@ def _load_and_write(folders: dict[str, Path], tokenizer_folder: Path, out: Path)
         _assert_equal(drawn, dict(_random(kind).hf.named_parameters()))
         load_weights(model, folder)
     optimizer = torch.optim.AdamW(model.parameters())
-    Checkpointer(out / "run" / "checkpoints", model, optimizer, CheckpointConfig()).save(1, {})
+    checkpointer = Checkpointer(out / "run" / "checkpoints", model, optimizer, CheckpointConfig())
+    checkpointer.save(1, {})
+    checkpointer.wait()
     if is_writer:
         with staged(out / "run" / "model") as staging:
             write_model_files(staging, model, tokenizer, dtype=torch.float32, source=None)

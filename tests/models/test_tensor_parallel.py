@@ -22,6 +22,7 @@ from models.export import export_model
 from models.generation import generate_answers
 from models.tensor_parallel import tensor_parallel_plan
 from models.weights import load_weights
+from tests.support.guards import plain_guards
 from tests.support.models import (
     full,
     packed_batch,
@@ -33,10 +34,11 @@ from tests.support.models import (
 from tests.support.ranks import run_ranks
 from trainer.checkpoint import Checkpointer
 from trainer.config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from trainer.loop import Progress, Speedometer, StopRequest, evaluate_loss, train
+from trainer.loop import Progress, Speedometer, evaluate_loss, train
 from trainer.loss import causal_lm_loss
 from trainer.optimizer import build_optimizer, clip_gradients
 from trainer.parallel import build_mesh, data_rank, describe_plan, parallelise
+from trainer.preemption import StopRequest
 
 CPU = torch.device("cpu")
 ADAMW, MUON = OptimizerConfig(learning_rate=1e-2), OptimizerConfig(learning_rate=1e-2, name="muon")
@@ -108,8 +110,9 @@ def _train(
         save_every=0,
         log=rows.append,
         log_every=1,
-        advance=lambda: None,
+        advance=lambda *_: None,
         stop=StopRequest(),
+        guards=plain_guards(model, optimizer),
         speedometer=Speedometer(lambda tokens, labels, squares: tokens, None),
         parallel=config,
     )
@@ -159,7 +162,7 @@ def _check(case: tuple[Any, ...], ranks: list[dict[str, Any]]) -> None:
     if optimizer_config.name == "muon":
         loss, norm = 1e-3, 1e-3
     if config.param_dtype == "bfloat16":
-        loss, norm, gradient = 0.1, 0.05, 0.1
+        loss, norm, gradient = 0.1, 0.05, 0.3  # a bias of keys moves all scores alike: next to 0
     for row, right in zip(found["rows"], expected["rows"], strict=True):
         assert row["loss"] == pytest.approx(right["loss"], rel=0, abs=loss), case
         assert row["grad_norm"] == pytest.approx(right["grad_norm"], rel=norm), case
@@ -187,24 +190,20 @@ def test_training_has_the_numbers_of_one_process() -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_training_has_the_numbers_of_one_process_however_it_is_spread() -> None:
-    models = [("qwen2", False), ("qwen3", True)]
+@pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("qwen3", False)])
+def test_training_has_the_numbers_of_one_process_however_it_is_spread(
+    kind: str, tied: bool
+) -> None:
     configs = [
+        _config(),
         _config(dp_replicate=2, activation_checkpointing="full"),
         _config(cpu_offload=True, activation_checkpointing="selective"),
         _config(reshard_after_forward=2),
         _config(wrap_policy="size", min_wrap_params=500),
         _config(param_dtype="bfloat16"),
     ]
-    _check_all(
-        [
-            ("qwen2", True, _config()),
-            ("qwen3", False, _config()),
-            *((*model, config) for model in models for config in configs),
-            *((*model, _config(), MUON) for model in models),
-        ]
-    )
-    _check_all([(*model, _config()) for model in models], world_size=2)  # no data parallelism
+    _check_all([*((kind, tied, config) for config in configs), (kind, tied, _config(), MUON)])
+    _check_all([(kind, tied, _config())], world_size=2)  # no data parallelism
 
 
 def _loaded(folder: Path, config: ParallelConfig, kind: str, **changes: Any) -> PackedCausalLM:
@@ -235,7 +234,9 @@ def _live(checkpoint: Path, tokenizer_folder: Path, folder: Path, kind: str, cha
     clip_gradients(model.parameters(), 1.0)
     optimizer.step()
     saved = list(_tensors(model, optimizer))
-    Checkpointer(folder / "checkpoints", model, optimizer, CheckpointConfig()).save(1, {})
+    first = Checkpointer(folder / "checkpoints", model, optimizer, CheckpointConfig())
+    first.save(1, {})
+    first.wait()
     is_first = dist.get_rank() == 0
     export_model(model, tokenizer, folder / "export", dtype=torch.float32, is_writer=is_first)
     exported = {name: full(p) for name, p in model.hf.named_parameters()}
@@ -252,6 +253,7 @@ def _live(checkpoint: Path, tokenizer_folder: Path, folder: Path, kind: str, cha
             all(torch.equal(a, b) for a, b in zip(saved, _tensors(other, its), strict=True))
         )
         checkpointer.save(step, {})
+        checkpointer.wait()
     held = sum(p.to_local().numel() for p in model.parameters())
     return loaded, answers, exported, same, held, describe_plan(model, _config())
 

@@ -46,6 +46,7 @@ def test_unusable_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert str(tmp_path) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start_server()  # whose ranks have the libraries loaded
@@ -77,3 +78,23 @@ def test_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert side["checkpoint_bytes"] == pytest.approx(13e6, rel=0.05)
     assert f"{result['stall_pct']:.1f} %" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_memory_of_recomputation_and_of_types(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "numbers.json"
+    shape = ["--seq_len", "256", "--layers", "3", "--width", "64"]
+
+    assert main(["memory", *shape, "--repeats", "1", "--json", str(file)]) == 0
+
+    result = json.loads(file.read_text())
+    peaks = {name: side["peak_mib"] for name, side in result["activations"].items()}
+    assert peaks["full"] < peaks["selective, every 2nd"] < peaks["none"]
+    assert peaks["op"] < peaks["none"]
+    sizes = {name: side["bytes_per_parameter"] for name, side in result["states"].items()}
+    assert sizes["AdamW, all float32"] == pytest.approx(16, rel=1e-3)  # and the step's number
+    assert sizes["AdamW, masters and state bfloat16"] == pytest.approx(8, rel=1e-3)
+    assert 12 < sizes["Muon, all float32"] < 16
+    printed = capsys.readouterr().out
+    assert f"| full | {peaks['full']:.0f} |" in printed and "| Muon, all float32 |" in printed

@@ -81,4 +81,4 @@ def test_the_export_has_the_template_and_stops_at_its_end(tmp_path: Path, cache_
     )
     assert again.returncode == 1
     (line,) = again.stderr.splitlines()
-    assert "trained on other samples" in line and "chat_template" in line
+    assert "undo the change" in line and "chat_template" in line

@@ -449,6 +449,19 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         (["--cache_dir="], "--cache_dir is empty"),
         (["--model.name=a/b", "--model.path=c"], "--model.name and --model.path are both given"),
         (["--data.name=a/b", "--data.path=c"], "--data.name and --data.path are both given"),
+        (["--lora.alpha=8"], "--lora flags do nothing without --lora.rank"),
+        (["--lora.rank=4"], "--lora.rank keeps pretrained weights: give --model.name"),
+        (
+            ["--model.train_last_layers=1", "--model.path=x", "--model.init=random"],
+            "--model.train_last_layers keeps pretrained weights",
+        ),
+        (["--model.path=x", "--lora.rank=4", "--lora.dropout=1"], "must be in [0, 1), got 1.0"),
+        (["--model.path=x", "--lora.rank=4", "--lora.targets=[]"], "--lora.targets must be"),
+        (["--checkpoint.export=adapter"], "--checkpoint.export adapter needs adapters"),
+        (
+            ["--model.path=x", "--model.train_last_layers=1", "--model.add_special_tokens=[<|a|>]"],
+            "--model.train_last_layers freezes the embedding",
+        ),
         (["--model.revision=main"], "--model.revision needs --model.name"),
         (["--data.path=x", "--data.revision=main"], "--data.revision needs --data.name"),
         (["--model.name=../x"], "got '../x'; for a local file or folder use --model.path"),
@@ -464,11 +477,20 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         (["--parallel.reshard_after_forward=1"], "true, false or a number from 2 on, got 1"),
         (
             ["--parallel.compile=true", "--parallel.activation_checkpointing=op"],
-            "--parallel.compile leaves layers uncompiled that --parallel.activation_checkpointing",
+            "--parallel.compile hides from --parallel.activation_checkpointing op which operations",
         ),
         (["--allow_changed=[sed]"], "--allow_changed takes data, packing, seq_len"),
         (["--checkpoint.mirror=bucket/run"], "--checkpoint.mirror must be a URL such as s3://"),
         (["--checkpoint.keep_every=-1"], "--checkpoint.keep_every must be at least 0"),
+        (
+            ["--parallel.cp=3", "--data.seq_len=4096"],
+            "--data.seq_len 4096 is not divisible by --parallel.cp 3, the ranks that share a row; "
+            "use a multiple of it such as 4098",
+        ),
+        (
+            ["--parallel.cp=2", "--model.attention=sdpa"],
+            "--parallel.cp needs --model.attention packed",
+        ),
         (["--parallel.checkpoint_every=0"], "--parallel.checkpoint_every must be at least 1"),
         (["--parallel.prefetch_layers=-1"], "--parallel.prefetch_layers must be at least 0"),
     ],
@@ -487,6 +509,7 @@ def test_a_value_out_of_range_is_one_line(argv: list[str], part: str) -> None:
         ["--parallel.wrap_policy=callable:my_package.policies.every_layer"],
         ["--parallel.wrap_policy=module:Qwen3MLP,Qwen3DecoderLayer"],
         ["--parallel.reshard_after_forward=8"],
+        ["--parallel.cp=3", "--data.seq_len=96"],
         ["--parallel.reshard_after_forward=false"],
     ],
 )

@@ -85,9 +85,11 @@ def test_the_terminal_is_calm(run: Run) -> None:
 
 def test_the_folder_holds_what_was_promised(run: Run) -> None:
     assert sorted(path.name for path in run.output_dir.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.yaml",
         "export",
+        "goodput.jsonl",
         "metrics.jsonl",
         "model",
         "run.json",

@@ -9,8 +9,7 @@ import pytest
 from data.config import DataConfig
 from models.config import ModelConfig
 from scripts.batching import batch_sizes
-from scripts.config import TrainConfig
-from scripts.reporting import run_name
+from scripts.config import TrainConfig, run_name
 from scripts.resuming import _flat
 from trainer.errors import TrainError
 

@@ -11,6 +11,7 @@ import os
 
 import jsonargparse  # noqa: F401
 import pandas  # noqa: F401
+import peft  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp

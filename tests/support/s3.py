@@ -23,7 +23,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     }.items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("bucket")
-    yield "s3://bucket"
+    # The servers of one process share their buckets.
+    name = f"bucket-{port}"
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}"
     running.stop()
     s3fs.S3FileSystem.clear_instance_cache()

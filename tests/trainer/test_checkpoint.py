@@ -204,14 +204,20 @@ def test_T07_a_damaged_newest_checkpoint_is_set_aside(tmp_path: Path) -> None:
     assert (folders[0] / "step-00000002.damaged-2").is_dir()
 
 
+def _try_twice_and_by_size(folder: Path) -> list[Any]:
+    by_size = _Run(folder, verify="sizes").checkpointer.newest()
+    return [*_try_damages([folder, folder]), by_size and by_size.name]
+
+
 def test_T08_when_all_are_damaged_the_run_stops_each_time_it_is_started(tmp_path: Path) -> None:
     run_ranks(_save, 2, tmp_path, [1, 2])
     for folder in complete_checkpoints(tmp_path):
         _flip(folder)
-    for results in run_ranks(_try_damages, 2, [tmp_path, tmp_path]):
+    for *results, by_size in run_ranks(_try_twice_and_by_size, 2, tmp_path):
         for name, _tensors, error in results:
             assert name is None and error is not None
             assert "every checkpoint in" in error and "SHA-256" in error and "--output_dir" in error
+        assert by_size == "step-00000002"  # does not look at bits
 
 
 def test_no_checkpoint_is_a_new_run_and_another_model_is_refused(tmp_path: Path) -> None:

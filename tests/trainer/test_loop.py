@@ -17,17 +17,12 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.support.models import full
 from tests.support.ranks import run_ranks
-from trainer.config import OptimizerConfig
+from trainer.config import GuardConfig, OptimizerConfig
 from trainer.errors import TrainError
-from trainer.loop import (
-    LossFunction,
-    Progress,
-    Speedometer,
-    StopRequest,
-    evaluate_loss,
-    train,
-)
+from trainer.guards import Guards
+from trainer.loop import LossFunction, Progress, Speedometer, evaluate_loss, train
 from trainer.optimizer import build_optimizer
+from trainer.preemption import StopRequest
 
 pytestmark = pytest.mark.distributed
 
@@ -57,6 +52,7 @@ def _batches(
         yield {
             "x": x,
             "valid": torch.tensor(valid),
+            "sample_index": torch.arange(begin, begin + size),
             "counts": torch.tensor([5 * size, size, sum(valid), 25 * size]),
         }
 
@@ -83,13 +79,22 @@ class _Recorder:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
         fully_shard(self.model)
-        self.optimizer_config = OptimizerConfig(learning_rate=0.05, max_skipped_steps=2)
+        self.optimizer_config = OptimizerConfig(learning_rate=0.05)
         self.optimizer = build_optimizer(self.model, self.optimizer_config)
         self.progress = Progress()
         self.calls: list[tuple[str, int]] = []
         self.rows: list[dict[str, Any]] = []
         self.advanced = 0
         self.stop = StopRequest()
+        self.events: list[tuple[Any, ...]] = []
+        self.guards = Guards(
+            GuardConfig(),
+            max_skipped_steps=2,
+            model=self.model,
+            optimizer=self.optimizer,
+            device=CPU,
+            tell=lambda *event, **details: self.events.append((*event, details)),
+        )
         self.options = options
 
     def run(
@@ -113,13 +118,15 @@ class _Recorder:
             log=self.rows.append,
             advance=self._advance,
             stop=self.stop,
+            guards=self.guards,
             speedometer=Speedometer(
                 lambda tokens, labels, squares: tokens + labels + squares, 1000.0
             ),
             **{"evaluate_every": 0, "save_every": 0, "log_every": 1, **self.options, **options},
         )
 
-    def _advance(self) -> None:
+    def _advance(self, step: int, seconds: float, data_wait_seconds: float) -> None:
+        assert 0 <= data_wait_seconds <= seconds
         self.advanced += 1
 
     def weights(self) -> list[Tensor]:
@@ -235,14 +242,15 @@ def _broken_steps() -> Any:
         moved,
         skips,
         error,
+        [event[:2] for event in run.events],
         run.calls,
         run.progress.step,
         [bool(w.isfinite().all()) for w in run.weights()],
     )
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all() -> None:
-    for same, moved, skips, error, calls, step, finite in run_ranks(_broken_steps, 2):
+def test_T09_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all() -> None:
+    for same, moved, skips, error, events, calls, step, finite in run_ranks(_broken_steps, 2):
         assert same and moved and all(finite)
         assert skips == [
             (1, False, 0),
@@ -252,8 +260,10 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all() -> None:
             (5, True, 1),
             (6, True, 2),
         ]
-        assert "not finite in 3 steps in a row, the last being step 7" in error
-        assert calls == [("save", 5), ("save", 6)] and step == 7
+        # Of each step the samples of the rank whose loss was not finite.
+        assert "in 3 steps in a row, the last being step 7 (samples 48-53, 66-77)" in error
+        assert events == [(step, "skipped_step") for step in (2, 3, 5, 6, 7)]
+        assert calls == [("save", 5), ("save", 6)] and step == 6
 
 
 def _with_metrics(accumulate: int) -> Any:
@@ -287,11 +297,11 @@ def test_what_a_loss_says_beside_its_sum_is_logged_over_ranks_and_steps() -> Non
 def _stopped() -> Any:
     run = _Recorder(save_every=3)
     results = []
-    with run.stop.listening():
+    with run.stop.listening(), run.stop.deferred():
         advance = run._advance
 
-        def advance_and_signal() -> None:
-            advance()
+        def advance_and_signal(*timing: Any) -> None:
+            advance(*timing)
             if run.advanced == 2 and dist.get_rank() == dist.get_world_size() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -318,14 +328,34 @@ def _stopped_in_the_last_step() -> Any:
     return run.run(1), run.calls
 
 
-def test_a_signal_in_the_last_step_lets_the_run_finish() -> None:
+def test_a_signal_in_the_last_step_saves_and_leaves_the_rest_to_the_next_run() -> None:
     for finished, calls in run_ranks(_stopped_in_the_last_step, 2):
-        assert finished and calls == [("save", 1), ("evaluate", 1)]
+        assert not finished and calls == [("save", 1)]
+
+
+def _stopped_while_evaluating() -> Any:
+    run = _Recorder()
+    taken = 0
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        nonlocal taken
+        for taken, batch in enumerate(itertools.islice(_batches(0, 1), 9), 1):
+            if taken == 3 and dist.get_rank() == 1:
+                run.stop.signal = signal.SIGTERM
+            yield batch
+
+    evaluate_loss(run.model, batches(), loss_fn=_loss, device=CPU, stop=run.stop)
+    run.run(1)  # the model is as it was
+    return taken, run.calls
+
+
+def test_T01_a_signal_ends_an_evaluation_on_all_ranks() -> None:
+    assert run_ranks(_stopped_while_evaluating, 2) == [(3, [("save", 1)])] * 2
 
 
 def test_a_second_interrupt_ends_the_process_as_usual() -> None:
     stop = StopRequest()
-    with stop.listening():
+    with stop.listening(), stop.deferred():
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):

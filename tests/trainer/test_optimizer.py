@@ -26,6 +26,7 @@ from trainer.optimizer import (
     build_optimizer,
     clip_gradients,
     learning_rate_at,
+    rounding_noise,
     set_learning_rate,
     stochastic_bfloat16,
 )
@@ -406,16 +407,32 @@ def test_resuming_is_bit_exact_with_every_optimizer(tmp_path: Path) -> None:
 
 
 def test_rounding_to_bf16_is_unbiased_and_only_to_neighbours() -> None:
-    generator = torch.Generator().manual_seed(0)
     last_bit = 2.0**-7  # of bf16 numbers from 1 to 2
     for sign, share in itertools.product((1.0, -1.0), (0.25, 0.9)):
         values = torch.full((40_000,), sign * (1 + share * last_bit))
-        rounded = stochastic_bfloat16(values, generator).float()
+        rounded = stochastic_bfloat16(values, rounding_noise(values, (1, 1, 0))).float()
         assert set(rounded.tolist()) == {sign, sign * (1 + last_bit)}
         assert float((rounded.abs() > 1).float().mean()) == pytest.approx(share, abs=0.01)
     exact = torch.randn(1000).bfloat16().float()
     exact[0] = 0.0
-    assert torch.equal(stochastic_bfloat16(exact, generator).float(), exact)
+    assert torch.equal(stochastic_bfloat16(exact, rounding_noise(exact, (1, 1, 0))).float(), exact)
+
+
+def test_rounding_noise_is_even_and_independent_of_its_neighbours() -> None:
+    weight = torch.zeros(300, 700)
+    first, *others = (
+        rounding_noise(weight, key).double() for key in ((1, 1, 0), (2, 1, 0), (1, 2, 0), (1, 1, 1))
+    )
+    assert first.min() >= 0 and first.max() < 2**16
+    counts = torch.histc(first, 256, 0, 2**16)
+    assert (
+        float(((counts - counts.mean()) ** 2 / counts.mean()).sum()) < 350
+    )  # chi-squared, 255 degrees
+    pairs = [(first, other) for other in others]
+    pairs += [(first[1:], first[:-1]), (first[:, 1:], first[:, :-1])]
+    for one, other in pairs:
+        both = torch.stack([one.flatten(), other.flatten()])
+        assert abs(float(torch.corrcoef(both)[0, 1])) < 0.01
 
 
 def test_a_slow_running_average_in_bf16_does_not_stop_moving() -> None:
