@@ -1,4 +1,4 @@
-"""Know memory, speed and the bottleneck of a run before a GPU is spent.
+"""How well the speed of a run can be predicted before a GPU is spent.
 
 python scripts/plan.py --evaluate CSV     (how far predictions are from published measurements)
 python scripts/plan.py --fit CSV          (fit the constants to them)
@@ -29,14 +29,16 @@ class PlanConfig(TrainConfig):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a plan; returns the exit code: 0, 1 for a fault, 2 for a wrong command line."""
+    """Compare or fit; returns the exit code: 0, 1 for a fault, 2 for a wrong command line."""
     try:
         config = parse_run_config(PlanConfig, "plan.py", argv)
         if config.fit:
             return fit(Path(config.fit))
         if config.evaluate:
             return evaluate(Path(config.evaluate))
-        raise CommandLineError("give --evaluate CSV or --fit CSV")
+        raise CommandLineError(
+            "give --evaluate CSV or --fit CSV, such as scripts/planner/published.csv"
+        )
     except (CommandLineError, ValueError, OSError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, CommandLineError) else 1
