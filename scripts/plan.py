@@ -6,42 +6,38 @@ python scripts/plan.py --fit CSV          (fit the constants to them)
 
 from __future__ import annotations
 
+import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.command_line import CommandLineError, parse_run_config
-from scripts.config import TrainConfig
-
-
-@dataclass(frozen=True)
-class PlanConfig(TrainConfig):
-    """The flags of train.py, so that its command line and files can be given as they are, and some more."""
-
-    evaluate: str | None = None
-    """Compare with the measurements in this CSV file, in the columns of scripts/planner/published.csv, and stop."""
-
-    fit: str | None = None
-    """Fit the constants to the measurements in this CSV file, write them to scripts/planner/constants.json, and stop."""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Compare or fit; returns the exit code: 0, 1 for a fault, 2 for a wrong command line."""
+    parser = argparse.ArgumentParser(
+        prog="plan.py", description="Predicted training speed beside published measurements."
+    )
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="CSV",
+        help="compare with the measurements in this file, in the columns of scripts/planner/published.csv",
+    )
+    wanted.add_argument(
+        "--fit",
+        type=Path,
+        metavar="CSV",
+        help="fit the constants to them and write scripts/planner/constants.json",
+    )
+    arguments = parser.parse_args(argv)
     try:
-        config = parse_run_config(PlanConfig, "plan.py", argv)
-        if config.fit:
-            return fit(Path(config.fit))
-        if config.evaluate:
-            return evaluate(Path(config.evaluate))
-        raise CommandLineError(
-            "give --evaluate CSV or --fit CSV, such as scripts/planner/published.csv"
-        )
-    except (CommandLineError, ValueError, OSError) as error:
+        return evaluate(arguments.evaluate) if arguments.evaluate else fit(arguments.fit)
+    except (ValueError, OSError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, CommandLineError) else 1
+        return 1
 
 
 def evaluate(file: Path) -> int:
