@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from trainer.errors import TrainError
 
@@ -90,7 +91,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
         return None, f"no peak known for {name}"
     size = 512
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    best = min(_seconds(lambda: a @ b) for _ in range(5))
+    # As layers multiply: of bf16 on some CPUs another order of the memory is several times slower.
+    best = min(_seconds(lambda: F.linear(a, b)) for _ in range(5))
     return 2 * size**3 / best, f"{size}x{size} matrix product measured at start"
 
 
