@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from trainer.errors import TrainError
 
@@ -31,8 +36,17 @@ _ALLOWED = {
 }
 
 
+def _member(kind: Any, name: str) -> Any:
+    """In place of `getattr`, which early versions of Python 3.11 pickle members of an enumeration with."""
+    if kind is not _MEM_FORMAT_ENCODING or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}")
+    return kind[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         dtype = getattr(torch, name, None) if module == "torch" else None
         if (module, name) not in _ALLOWED and not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint has")

@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+)
 
 from tests.support.ranks import run_ranks
 from trainer.checkpoint import Checkpointer
@@ -159,3 +163,18 @@ def test_S08_a_manifest_may_not_lead_out_of_its_folder(tmp_path: Path, name: str
     with pytest.raises(ValueError, match="is no file's"):
         read_manifest(tmp_path)
     assert "cannot be read" in (damage(tmp_path) or "")
+
+
+@pytest.mark.parametrize(
+    "asked", [("text", "join"), (Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")]
+)
+def test_S01_only_members_of_an_enumeration_are_looked_up(
+    tmp_path: Path, asked: tuple[Any, str]
+) -> None:
+    class Lookup:
+        def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+            return getattr, asked
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Lookup()))
+    with pytest.raises(TrainError, match=r"\.metadata is refused: it (asks for|names)"):
+        read_metadata(tmp_path)
