@@ -49,6 +49,13 @@ CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
     )
 }
 
+_QWEN4 = (
+    "the indexer of its attention gets no gradient in transformers and runs token by token; "
+    "take a model of another family (docs/models.md)"
+)
+REFUSED = {"qwen4_exp": _QWEN4, "qwen4_exp_text": _QWEN4}
+"""Qwen models that transformers has and this trainer does not train: why, and the remedy."""
+
 # The built-in model: small enough to learn the embedded chat data on two CPU cores in minutes.
 EMBEDDED_QWEN3: dict[str, Any] = {
     "hidden_size": 128,
@@ -93,6 +100,8 @@ def read_model_config(
         ) from None
     if isinstance(values.get("text_config"), dict) and f"{model_type}_text" in CONFIG_CLASSES:
         model_type, values = f"{model_type}_text", _text_values(values)
+    if model_type in REFUSED:
+        raise ModelError(f"{file} says model_type {model_type!r}: {REFUSED[model_type]}")
     if model_type not in CONFIG_CLASSES:
         raise ModelError(
             f"{file} says model_type {model_type!r}; this trainer knows {', '.join(CONFIG_CLASSES)}"

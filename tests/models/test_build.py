@@ -93,6 +93,8 @@ def test_an_override_of_an_unknown_key_is_refused(
         ("[1]", "not a model configuration"),
         ("{}", "not a model configuration"),
         ('{"model_type": "llama"}', "model_type 'llama'; this trainer knows qwen2, qwen2_moe, "),
+        ('{"model_type": "qwen4_exp", "text_config": {}}', "'qwen4_exp': the indexer .* no grad"),
+        ('{"model_type": "qwen4_exp_text"}', "'qwen4_exp_text': .* take a model of another family"),
     ],
 )
 def test_a_folder_that_is_no_known_model_is_refused(
