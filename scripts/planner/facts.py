@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,41 +81,56 @@ class Shape:
     """SwiGLU, with three matrices in the MLP instead of two."""
     experts: int = 0
     active_experts: int = 0
+    biases: bool = False
+    """On query, key and value."""
     qk_norm: bool = False
 
     @property
-    def attention_matrices(self) -> int:
-        """Elements of the four projections of one layer."""
-        heads = self.query_heads + self.key_value_heads
-        return 2 * self.width * heads * self.head_width
-
-    @property
-    def mlp_matrices(self) -> int:
-        """Elements of one MLP, or of one expert."""
-        return (3 if self.gated else 2) * self.width * self.mlp_width
+    def matrices(self) -> list[tuple[int, int, int]]:
+        """Of one layer, with all experts and their router: how many of how many rows and columns."""
+        query, key = self.query_heads * self.head_width, self.key_value_heads * self.head_width
+        mlps = (3 if self.gated else 2) * max(1, self.experts)
+        router = [(1, self.experts, self.width)] if self.experts else []
+        return [
+            (2, query, self.width),
+            (2, key, self.width),
+            (mlps, self.mlp_width, self.width),
+            *router,
+        ]
 
     @property
     def active_matrices(self) -> int:
         """Elements of one layer that a token is multiplied with."""
-        router = self.width * self.experts
-        return self.attention_matrices + self.mlp_matrices * max(1, self.active_experts) + router
+        idle = (self.experts - self.active_experts) * (3 if self.gated else 2)
+        return _elements(self.matrices) - idle * self.mlp_width * self.width
 
     @property
     def layer_parameters(self) -> int:
-        router = self.width * self.experts
-        return self.attention_matrices + self.mlp_matrices * max(1, self.experts) + router
+        """Of a decoder layer, with its norms and biases."""
+        heads = self.query_heads + 2 * self.key_value_heads if self.biases else 0
+        vectors = 2 * self.width + self.head_width * (heads + (2 if self.qk_norm else 0))
+        return _elements(self.matrices) + vectors
+
+    @property
+    def root_parameters(self) -> int:
+        """Of the root group: the head, or the tied embedding, and the last norm."""
+        return self.vocabulary * self.width + self.width
 
     @property
     def parameters(self) -> int:
-        """Of all matrices; norms and biases are left out."""
-        embeddings = self.width * self.vocabulary * (1 if self.tied else 2)
-        return self.layers * self.layer_parameters + embeddings
+        embedding = 0 if self.tied else self.vocabulary * self.width
+        return self.layers * self.layer_parameters + self.root_parameters + embedding
+
+
+def _elements(matrices: Iterable[tuple[int, int, int]]) -> int:
+    return sum(count * rows * columns for count, rows, columns in matrices)
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
     """The shape of a model from the values of its config.json."""
     heads = config["num_attention_heads"]
-    experts = config.get("num_experts", 0)
+    # The hub's name, and what transformers writes today.
+    experts = config.get("num_experts") or config.get("num_local_experts") or 0
     return Shape(
         width=config["hidden_size"],
         layers=config["num_hidden_layers"],
@@ -126,7 +142,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
         tied=config.get("tie_word_embeddings", False),
         gated=config["model_type"] != "mpt",
         experts=experts,
-        active_experts=config.get("num_experts_per_tok", 0),
+        active_experts=config.get("num_experts_per_tok", 0) if experts else 0,
+        biases=config["model_type"].startswith("qwen2"),
         qk_norm=config["model_type"].startswith("qwen3"),
     )
 
