@@ -17,7 +17,8 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -603,11 +604,15 @@ def _leaves(config_class: type, prefix: str = "") -> tuple[_Leaf, ...]:
     return (*leaves, *nested)
 
 
-def _split_arguments(argv: list[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(name without dashes, text of the value) of each flag in argv; the names are checked."""
-    known = {*names, "config"}
-    rest = iter(argv)
-    for argument in rest:
+def _split_arguments(argv: list[str], hints: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name without dashes, text of the value) of each flag in argv; the names are checked.
+
+    A flag that is true or false means true where no value follows.
+    """
+    known = {*hints, "config"}
+    rest = deque(argv)
+    while rest:
+        argument = rest.popleft()
         if not argument.startswith("-"):
             raise CommandLineError(
                 f"unexpected argument {argument!r}: every value follows its flag (see --help)"
@@ -617,8 +622,11 @@ def _split_arguments(argv: list[str], names: Iterable[str]) -> Iterator[tuple[st
         if flag != f"--{name}" or name not in known:
             raise CommandLineError(_explain_unknown(flag, known, "--"))
         if not equals:
-            text = next(rest, "--")
-            if text.startswith("--"):
+            if rest and not rest[0].startswith("--"):
+                text = rest.popleft()
+            elif hints.get(name) is bool:
+                text = "true"
+            else:
                 raise CommandLineError(f"--{name} needs a value (see --help)")
         yield name, text
 

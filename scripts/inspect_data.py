@@ -73,7 +73,7 @@ class InspectConfig(TrainConfig):
     """Packed rows to show: the first that training with this seed would visit."""
 
     json: bool = False
-    """Print the rows as JSON and nothing else. Needs no value."""
+    """Print the rows as JSON and nothing else."""
 
     html: str | None = None
     """Write rows and ledger to this file, as a page that needs nothing else."""
@@ -82,9 +82,7 @@ class InspectConfig(TrainConfig):
 def main(argv: list[str] | None = None) -> int:
     """Show the data; returns the process's exit code: 0, 1 for unusable data, 2 for a wrong command line."""
     try:
-        config = parse_run_config(
-            InspectConfig, "inspect_data.py", _spell_out(sys.argv[1:] if argv is None else argv)
-        )
+        config = parse_run_config(InspectConfig, "inspect_data.py", argv)
         if config.rows < 0:
             raise CommandLineError(f"--rows must be at least 0, got {config.rows}")
         cache_dir = use_cache_dir(config.cache_dir)
@@ -97,15 +95,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, head for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _spell_out(argv: Sequence[str]) -> list[str]:
-    """--json alone means --json=true; every other flag has a value."""
-    following = [*argv[1:], "--"]
-    return [
-        "--json=true" if argument == "--json" and after.startswith("--") else argument
-        for argument, after in zip(argv, following, strict=True)
-    ]
 
 
 def _inspect(config: InspectConfig, cache_dir: Path) -> None:

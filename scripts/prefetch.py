@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,9 +42,7 @@ class PrefetchConfig(TrainConfig):
 def main(argv: list[str] | None = None) -> int:
     """Fill or check the cache; returns the exit code: 0, 1 for a fault, 2 for a wrong command line."""
     try:
-        config = parse_run_config(
-            PrefetchConfig, "prefetch.py", _spell_out(sys.argv[1:] if argv is None else argv)
-        )
+        config = parse_run_config(PrefetchConfig, "prefetch.py", argv)
         if not config.check:
             _fill(config, use_cache_dir(config.cache_dir))
             return 0
@@ -59,15 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prefetch.py: interrupted; what is finished is kept", file=sys.stderr)
         return 130
-
-
-def _spell_out(argv: Sequence[str]) -> list[str]:
-    """--check alone means --check=true; every other flag has a value."""
-    following = [*argv[1:], "--"]
-    return [
-        "--check=true" if argument == "--check" and after.startswith("--") else argument
-        for argument, after in zip(argv, following, strict=True)
-    ]
 
 
 def _fill(config: PrefetchConfig, cache_dir: Path) -> None:

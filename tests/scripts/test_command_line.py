@@ -372,6 +372,7 @@ def test_the_foreign_names_lead_to_real_flags_and_hide_none() -> None:
         (["junk"], "unexpected argument 'junk'"),
         (["--steps", "3", "4"], "unexpected argument '4'"),
         (["--steps"], "--steps needs a value"),
+        (["--parallel.reshard_after_forward"], "--parallel.reshard_after_forward needs a value"),
         (["--steps", "--seed", "1"], "--steps needs a value"),
         (["--"], "unknown flag --"),
         (["--model", "x"], "--model is a group: set --model.KEY"),
@@ -515,3 +516,10 @@ def test_a_value_out_of_range_is_one_line(argv: list[str], part: str) -> None:
 )
 def test_values_at_the_edge_are_accepted(argv: list[str]) -> None:
     assert isinstance(parse_train_config(argv), TrainConfig)
+
+
+@pytest.mark.parametrize("argv", [["--dry_run"], ["--dry_run", "--seed", "3"], ["--dry_run=true"]])
+def test_a_switch_alone_is_true(argv: list[str]) -> None:
+    config = parse_train_config(argv)
+    assert config.dry_run and not parse_train_config(["--dry_run", "false"]).dry_run
+    assert config.seed == (3 if "--seed" in argv else 0)
