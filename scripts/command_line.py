@@ -425,34 +425,55 @@ def validate(config: TrainConfig) -> None:
     for name, bound in _AT_LEAST.items():
         if values[name] is not None and values[name] < bound:
             raise CommandLineError(f"--{name} must be at least {bound}, got {values[name]}")
+    _check_numbers(config, values)
+    _check_sources(config)
+    _check_model(config)
+    _check_parallel(config)
+    unknown = [key for key in config.allow_changed if key not in LASTING]
+    _require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
+    mirror = config.checkpoint.mirror
+    _require(
+        mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
+        f"--checkpoint.mirror must be a URL such as s3://bucket/run, got {mirror!r}",
+    )
 
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise CommandLineError(message)
 
-    require(config.seed < 2**63, f"--seed must be below 2**63, got {config.seed}")
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise CommandLineError(message)
+
+
+def _check_numbers(config: TrainConfig, values: Mapping[str, Any]) -> None:
+    """Single values."""
+    _require(config.seed < 2**63, f"--seed must be below 2**63, got {config.seed}")
     shards = config.parallel.dp_shard
-    require(
+    _require(
         shards == -1 or shards >= 1, f"--parallel.dp_shard must be -1 or at least 1, got {shards}"
     )
-    require(config.epochs > 0, f"--epochs must be above 0, got {config.epochs}")
-    require(
+    _require(config.epochs > 0, f"--epochs must be above 0, got {config.epochs}")
+    _require(
         config.optimizer.eps > 0, f"--optimizer.eps must be above 0, got {config.optimizer.eps}"
     )
-    require(
+    _require(
         all(0 <= beta < 1 for beta in config.optimizer.betas),
         f"--optimizer.betas must be in [0, 1), got {_shown(config.optimizer.betas)}",
     )
-    require(
+    _require(
         0 <= config.optimizer.muon_momentum < 1,
         f"--optimizer.muon_momentum must be in [0, 1), got {config.optimizer.muon_momentum}",
     )
-    require(
+    _require(
         0 <= config.schedule.min_ratio <= 1,
         f"--schedule.min_ratio must be between 0 and 1, got {config.schedule.min_ratio}",
     )
     for name in ("schedule.decay_pct", "data.max_bad_rows_pct"):
-        require(0 <= values[name] <= 100, f"--{name} must be between 0 and 100, got {values[name]}")
+        _require(
+            0 <= values[name] <= 100, f"--{name} must be between 0 and 100, got {values[name]}"
+        )
+
+
+def _check_sources(config: TrainConfig) -> None:
+    """Where model and data come from."""
     try:
         sources = [source.data for source in source_configs(config.data)]
     except DataError as error:
@@ -462,119 +483,120 @@ def validate(config: TrainConfig) -> None:
         given = [
             key for key in ("name", "path", "prepared") if getattr(source, key, None) is not None
         ]
-        require(
+        _require(
             len(given) < 2,
             f"{' and '.join(f'--{group}.{key}' for key in given)} are both given: keep one",
         )
-        require(
+        _require(
             source.revision is None or source.name is not None,
             f"--{group}.revision needs --{group}.name: a local path has no revision",
         )
-        require(
+        _require(
             source.name is None
             or re.fullmatch(r"(?!.*\.\.)(\w[\w.-]*/)?\w[\w.-]*", source.name) is not None,
             f"--{group}.name must be a hub name such as org/name, got {source.name!r}; "
             f"for a local file or folder use --{group}.path",
         )
-        require(
+        _require(
             not (config.data.streaming and prepared is not None),
             "--data.streaming reads rows: --data.prepared needs none, leave one out",
         )
     if config.data.streaming:
-        require(config.steps is not None, "--data.streaming has no end: give --steps")
-        require(not config.data.sources, "--data.streaming reads one source, not --data.sources")
-        require(
+        _require(config.steps is not None, "--data.streaming has no end: give --steps")
+        _require(not config.data.sources, "--data.streaming reads one source, not --data.sources")
+        _require(
             config.data.workers <= 1,
             "--data.streaming has one place in the stream per rank: --data.workers 0 or 1",
         )
+
+
+def _check_model(config: TrainConfig) -> None:
+    """What of the model is trained, and what is written of it."""
     named = config.model.name is not None or config.model.path is not None
-    require(
+    _require(
         not (config.model.overrides and named and config.model.init == "pretrained"),
         "--model.overrides changes the shape of the weights: add --model.init random",
     )
     lora, partial = config.lora, config.lora.rank > 0 or config.model.train_last_layers > 0
-    require(
+    _require(
         lora.rank > 0 or lora == LoraConfig(),
         "--lora flags do nothing without --lora.rank: give one above 0",
     )
-    require(0 <= lora.dropout < 1, f"--lora.dropout must be in [0, 1), got {lora.dropout}")
-    require(
+    _require(0 <= lora.dropout < 1, f"--lora.dropout must be in [0, 1), got {lora.dropout}")
+    _require(
         len(lora.targets) > 0
         and (lora.targets == ("all-linear",) or "all-linear" not in lora.targets),
         "--lora.targets must be [all-linear] or names of linear layers, "
         f"got {_shown(lora.targets)}",
     )
-    require(
+    _require(
         lora.rank == 0 or find_spec("peft") is not None,
         "--lora.rank needs peft: pip install -c constraints.txt -e '.[lora]'",
     )
-    require(
+    _require(
         not partial or (named and config.model.init == "pretrained"),
         f"--{'lora.rank' if lora.rank else 'model.train_last_layers'} keeps pretrained weights: give "
         "--model.name or --model.path, and no --model.init random",
     )
-    require(
+    _require(
         not (lora.rank and config.parallel.float8 != "none"),
         "--parallel.float8 replaces the layers that adapters wrap: leave it out with --lora.rank",
     )
-    require(
+    _require(
         not (partial and config.parallel.tp > 1),
         "--parallel.tp splits the layers that adapters wrap, and is not proven with frozen ones: leave it out "
         "with --lora.rank and --model.train_last_layers",
     )
-    require(
+    _require(
         not (config.model.train_last_layers and config.model.add_special_tokens),
         "--model.train_last_layers freezes the embedding, of which --model.add_special_tokens trains "
         "rows: keep one of them",
     )
-    require(
+    _require(
         lora.rank > 0 or config.checkpoint.export not in ("adapter", "both"),
         f"--checkpoint.export {config.checkpoint.export} needs adapters: give --lora.rank, or true",
     )
-    require(
+    _require(
         all(isinstance(key, str) for key in config.model.overrides),
         "--model.overrides must have names from config.json as keys",
     )
-    require(
+
+
+def _check_parallel(config: TrainConfig) -> None:
+    """How the model is spread, and what does not go with it."""
+    _require(
         config.parallel.wrap_policy in ("transformer", "size")
         or re.fullmatch(r"callable:\w+(\.\w+)+|module:\w+( *, *\w+)*", config.parallel.wrap_policy)
         is not None,
         "--parallel.wrap_policy must be transformer, size, module:ClassA,ClassB or "
         f"callable:package.function, got {config.parallel.wrap_policy!r}",
     )
-    require(
+    _require(
         not (config.parallel.compile and config.parallel.activation_checkpointing == "op"),
         "--parallel.compile hides from --parallel.activation_checkpointing op which operations to keep: "
         "use full or selective with it, or none",
     )
-    unknown = [key for key in config.allow_changed if key not in LASTING]
-    require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
-    mirror = config.checkpoint.mirror
-    require(
-        mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
-        f"--checkpoint.mirror must be a URL such as s3://bucket/run, got {mirror!r}",
-    )
     cp = config.parallel.cp
-    require(
+    _require(
         config.data.seq_len % cp == 0,
         f"--data.seq_len {config.data.seq_len} is not divisible by --parallel.cp {cp}, the ranks that "
         f"share a row; use a multiple of it such as {-(-config.data.seq_len // cp) * cp}",
     )
-    require(
+    _require(
         cp == 1 or config.model.attention == "packed",
         "--parallel.cp needs --model.attention packed: a dense mask is of whole rows",
     )
-    require(
+    _require(
         config.parallel.float8 == "none" or importlib.util.find_spec("torchao") is not None,
         f"--parallel.float8 {config.parallel.float8} needs torchao: "
         "pip install -c constraints.txt -e '.[torchao]'",
     )
-    require(
+    _require(
         config.parallel.float8 == "none" or config.parallel.tp == 1,
         "--parallel.tp above 1 does not go with --parallel.float8: use one of them",
     )
     keep = config.parallel.reshard_after_forward
-    require(
+    _require(
         isinstance(keep, bool) or keep >= 2,
         f"--parallel.reshard_after_forward must be true, false or a number from 2 on, got {keep}",
     )
