@@ -6,18 +6,23 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
 
+from data.loader import PackedBatches
+from data.mixture import Mixture
 from data.streaming import StreamedBatches
-from models.build import (
-    decoder_layer_classes,
-)
+from models.build import decoder_layer_classes
+from models.causal_lm import PackedCausalLM
 from models.flops import training_flops
+from models.weights import LoadReport
 from scripts import reporting
 from scripts.batching import (
     batch_sizes,
@@ -60,6 +65,9 @@ from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
 from trainer.preemption import Stopped, StopRequest, end_stopped_siblings
 from trainer.watchdog import Watchdog
+
+Say = Callable[[str], None]
+"""Prints on rank 0."""
 
 
 def run(
@@ -112,17 +120,84 @@ def run(
             return _run(job, at_end)
 
 
+@dataclass(frozen=True)
+class _Pieces:
+    """What one run is made of."""
+
+    tokenizer: PreTrainedTokenizerBase
+    mixture: Mixture | None
+    """None where rows are streamed."""
+    steps: int
+    mesh: DeviceMesh
+    model: PackedCausalLM
+    weights: LoadReport | None
+    """None for random weights."""
+    optimizer: torch.optim.Optimizer
+    checkpointer: Checkpointer
+    settings: dict[str, Any]
+    """That a checkpoint is only continued with."""
+    part: dict[str, Any] | None
+    """What is trained, if not everything."""
+    progress: Progress
+    batches: PackedBatches | StreamedBatches
+
+
 def _run(job: Job, at_end: ExitStack) -> int:
-    config, ranks, device = job.config, job.ranks, job.device
+    config, ranks = job.config, job.ranks
+    say: Say = partial(print, flush=True) if ranks.is_first else lambda _: None
+    run = _assemble(job, at_end)
+    _announce(job, run, say)
+    goodput = Goodput(
+        job.output_dir if ranks.is_first else None,
+        began=job.attempt.began,
+        compiled=config.parallel.compile,
+    )
+    peak, peak_origin = peak_flops(job.device, DTYPES[config.parallel.param_dtype])
+    finished, before, after = _train(job, run, goodput, say, peak)
+    if isinstance(run.batches, StreamedBatches):
+        ledger = total_ledger(job, run.batches)
+        raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
+        say(reporting.stream_line(job, ledger))
+
+    def end_preempted(number: int) -> int:
+        goodput.write(ended=True)
+        if ranks.is_first:
+            mark_preempted(job.output_dir, signal.Signals(number), run.progress.step)
+        say(reporting.stopped(job, number, run.progress.step))
+        return 128 + number
+
+    try:
+        if finished and config.checkpoint.export and not config.dry_run:
+            export(job, run.model, run.tokenizer, step=run.progress.step)
+    except Stopped as stopped:
+        run.checkpointer.close()  # nothing collective any more: the ranks were at different places
+        return end_preempted(stopped.signal)
+    with job.stop.deferred(), goodput.measure("checkpoint"):
+        run.checkpointer.wait()  # behind the export: a full disk or a store out of reach costs no trained model
+    if not finished:
+        (number,) = max_over_ranks([int(job.stop.signal or 0)])
+        return end_preempted(int(number))
+    goodput.write(ended=True)
+    totals = goodput.totals()
+    raise_together(reporting.record_goodput(job, totals) if ranks.is_first else None)
+    if config.dry_run:
+        prove_checkpoint(run.checkpointer, run.model, run.optimizer)
+        say(summary(job.output_dir) if ranks.is_first else "")
+        return 0
+    say(goodput_table(totals))
+    say(reporting.footer(job, before, after, mfu_peak=peak_origin))
+    return 0
+
+
+def _assemble(job: Job, at_end: ExitStack) -> _Pieces:
+    """Data, model, optimizer and checkpoints, at the place where the run goes on."""
+    config, ranks = job.config, job.ranks
     tokenizer = read_tokenizer(config, job.cache_dir, job.prepared["tokenizer"])
     mixture = None if config.data.streaming else open_mixture(config.data, job.prepared)
-    samples_per_epoch = None if mixture is None else len(mixture)
     # A stream has no length: it is given the steps.
-    steps = config.steps or math.ceil(
-        (samples_per_epoch or 0) * config.epochs / job.global_batch_size
-    )
-
-    mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=device.type)
+    rows = 0 if mixture is None else len(mixture)
+    steps = config.steps or math.ceil(rows * config.epochs / job.global_batch_size)
+    mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=job.device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
     # What a model draws while training differs by rank, but not on ranks that compute together.
     seed_generators(config.seed + ranks.rank // config.parallel.tp)
@@ -144,50 +219,57 @@ def _run(job: Job, at_end: ExitStack) -> int:
     settings = lasting_settings(job, mixture, tokenizer, model, steps)
     part = part_record(job, model)
     progress, states = resume(job, checkpointer, settings, mixture, part)
-    batches = (
-        open_stream(job, tokenizer, states)
+    return _Pieces(
+        tokenizer=tokenizer,
+        mixture=mixture,
+        steps=steps,
+        mesh=mesh,
+        model=model,
+        weights=weights,
+        optimizer=optimizer,
+        checkpointer=checkpointer,
+        settings=settings,
+        part=part,
+        progress=progress,
+        batches=open_stream(job, tokenizer, states)
         if mixture is None
-        else open_batches(job, mixture, tokenizer, start_sample=progress.samples)
+        else open_batches(job, mixture, tokenizer, start_sample=progress.samples),
     )
 
-    def save(now: Progress) -> None:
-        state: dict[str, Any] = {
-            "samples": now.samples,
-            "settings": settings,
-            "partial": part,
-        }
-        if isinstance(batches, StreamedBatches):
-            state["stream"] = gather_data(job, batches.state)
-        elif mixture is not None and ranks.is_first:
-            state["next_batches"] = next_batches(job, mixture, now.samples)
-        try:
-            checkpointer.save(now.step, state)
-        except TrainError as error:  # maybe of the save before; `wait` raises it if it was the last
-            say(f"warning: {error}")
 
-    say: Callable[[str], None] = partial(print, flush=True) if ranks.is_first else lambda _: None
-    say(reporting.header(job, model, weights, mixture, steps, progress))
+def _announce(job: Job, run: _Pieces, say: Say) -> None:
+    """Say what is about to run, and write what says it later."""
+    config, is_first = job.config, job.ranks.is_first
+    step = run.progress.step
+    say(reporting.header(job, run.model, run.weights, run.mixture, run.steps, run.progress))
     if config.dry_run:
-        say(plan_table(model, config.parallel, state_bytes(optimizer, config.optimizer)))
-    if progress.step >= steps:
-        say(f"nothing to train: {job.output_dir} is already at step {progress.step} of {steps}")
+        say(plan_table(run.model, config.parallel, state_bytes(run.optimizer, config.optimizer)))
+    if step >= run.steps:
+        say(f"nothing to train: {job.output_dir} is already at step {step} of {run.steps}")
     raise_together(
-        reporting.write_run_files(job, model, mesh, weights, mixture) if ranks.is_first else None
+        reporting.write_run_files(job, run.model, run.mesh, run.weights, run.mixture)
+        if is_first
+        else None
     )
-    raise_together(save_model_files(job, model, tokenizer) if ranks.is_first else None)
-    micro_batches = slices(job, batches)
-    if progress.step == 0 and weights is not None:
-        micro_batches = judge_first_loss(job, model, micro_batches, say)
+    raise_together(save_model_files(job, run.model, run.tokenizer) if is_first else None)
 
-    goodput = Goodput(
-        job.output_dir if ranks.is_first else None,
-        began=job.attempt.began,
-        compiled=config.parallel.compile,
-    )
+
+def _train(
+    job: Job, run: _Pieces, goodput: Goodput, say: Say, peak: float | None
+) -> tuple[bool, dict[str, float], dict[str, float]]:
+    """The loop with everything it calls.
+
+    Returns:
+        Whether it came to its end, and the evaluations before the first and after the last step.
+    """
+    config, ranks, device = job.config, job.ranks, job.device
+    model, progress, steps = run.model, run.progress, run.steps
+    micro_batches = slices(job, run.batches)
+    if progress.step == 0 and run.weights is not None:
+        micro_batches = judge_first_loss(job, model, micro_batches, say)
     (was_preempted,) = max_over_ranks([ranks.is_first and clear_preempted(job.output_dir)])
     before: dict[str, float] = {}
     after: dict[str, float] = {}
-    peak, peak_origin = peak_flops(device, DTYPES[config.parallel.param_dtype])
     with (
         MetricsWriter(
             job.output_dir, config.log, is_first=ranks.is_first, steps=steps, step=progress.step
@@ -198,14 +280,14 @@ def _run(job: Job, at_end: ExitStack) -> int:
 
         def evaluate(step: int) -> dict[str, float]:
             with goodput.measure("evaluation"):
-                values = {} if config.dry_run else evaluate_model(job, model, tokenizer)
+                values = {} if config.dry_run else evaluate_model(job, model, run.tokenizer)
             if values:
                 writer.write({"step": step, **values})
             return values
 
-        def save_timed(now: Progress) -> None:
+        def save(now: Progress) -> None:
             with goodput.measure("checkpoint"):
-                save(now)
+                _save(job, run, now, say)
             writer.write_goodput(now.step, goodput.totals())
 
         def advance(step: int, seconds: float, data_wait_seconds: float) -> None:
@@ -218,7 +300,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
             after = evaluate(progress.step)
         finished = train(
             model,
-            optimizer,
+            run.optimizer,
             micro_batches,
             loss_fn=training_loss(model),
             learning_rate=partial(
@@ -232,11 +314,11 @@ def _run(job: Job, at_end: ExitStack) -> int:
             steps=min(progress.step + 1, steps) if config.dry_run else steps,
             global_batch_size=job.global_batch_size,
             grad_accum_steps=job.grad_accum_steps,
-            samples_per_epoch=samples_per_epoch,
+            samples_per_epoch=None if run.mixture is None else len(run.mixture),
             device=device,
             evaluate=lambda step: after.update(evaluate(step)),
             evaluate_every=config.evaluation.every,
-            save=save_timed,
+            save=save,
             save_every=config.checkpoint.every,
             log=writer.write,
             log_every=config.log.every,
@@ -246,7 +328,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
                 config.guards,
                 max_skipped_steps=config.optimizer.max_skipped_steps,
                 model=model,
-                optimizer=optimizer,
+                optimizer=run.optimizer,
                 device=device,
                 tell=writer.tell,
                 attempt=job.attempt,
@@ -258,39 +340,24 @@ def _run(job: Job, at_end: ExitStack) -> int:
             ),
             parallel=config.parallel,
         )
-    if isinstance(batches, StreamedBatches):
-        ledger = total_ledger(job, batches)
-        raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
-        say(reporting.stream_line(job, ledger))
+    return finished, before, after
 
-    def end_preempted(number: int) -> int:
-        goodput.write(ended=True)
-        if ranks.is_first:
-            mark_preempted(job.output_dir, signal.Signals(number), progress.step)
-        say(reporting.stopped(job, number, progress.step))
-        return 128 + number
 
+def _save(job: Job, run: _Pieces, now: Progress, say: Say) -> None:
+    """Begin a checkpoint; one that failed is a warning, and an error only if it was the last."""
+    state: dict[str, Any] = {
+        "samples": now.samples,
+        "settings": run.settings,
+        "partial": run.part,
+    }
+    if isinstance(run.batches, StreamedBatches):
+        state["stream"] = gather_data(job, run.batches.state)
+    elif run.mixture is not None and job.ranks.is_first:
+        state["next_batches"] = next_batches(job, run.mixture, now.samples)
     try:
-        if finished and config.checkpoint.export and not config.dry_run:
-            export(job, model, tokenizer, step=progress.step)
-    except Stopped as stopped:
-        checkpointer.close()  # nothing collective any more: the ranks were at different places
-        return end_preempted(stopped.signal)
-    with job.stop.deferred(), goodput.measure("checkpoint"):
-        checkpointer.wait()  # behind the export: a full disk or a store out of reach costs no trained model
-    if not finished:
-        (number,) = max_over_ranks([int(job.stop.signal or 0)])
-        return end_preempted(int(number))
-    goodput.write(ended=True)
-    totals = goodput.totals()
-    raise_together(reporting.record_goodput(job, totals) if ranks.is_first else None)
-    if config.dry_run:
-        prove_checkpoint(checkpointer, model, optimizer)
-        say(summary(job.output_dir) if ranks.is_first else "")
-        return 0
-    say(goodput_table(totals))
-    say(reporting.footer(job, before, after, mfu_peak=peak_origin))
-    return 0
+        run.checkpointer.save(now.step, state)
+    except TrainError as error:  # maybe of the save before; `wait` raises it if it was the last
+        say(f"warning: {error}")
 
 
 @contextmanager
