@@ -29,6 +29,7 @@ def packed_attention(
     cp_group: ProcessGroup | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    kernel: bool | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document of a packed batch, in transformers' attention protocol.
@@ -44,6 +45,7 @@ def packed_attention(
         cp_group: ranks that share the rows: S is this rank's slice of them, the offsets are those of the whole rows.
         scaling: factor on the scores; default H ** -0.5.
         dropout: probability of dropping an attention weight.
+        kernel: use the variable-length kernel; default: where there is one.
 
     Returns:
         [B, S, N, H] and no attention weights.
@@ -54,8 +56,10 @@ def packed_attention(
     rows, length = query.shape[:2]
     # [B, S, N, H] -> [B * S, N, H]: rows simply follow each other, the offsets keep them apart.
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-    if query.is_cuda and query.dtype != torch.float32:
-        # The flash kernel takes the offsets as a tensor: nothing is copied to the host. It has no fp32 version.
+    if kernel is None:
+        kernel = query.is_cuda and query.dtype != torch.float32
+    if kernel:
+        # It takes the offsets as a tensor: nothing is copied to the host.
         from torch.nn.attention.varlen import varlen_attn
 
         attend: Any = varlen_attn

@@ -87,33 +87,45 @@ def read_model_config(
         values = EMBEDDED_QWEN3 | {"vocab_size": _padded(len(tokenizer))}
         return _parsed(Qwen3Config, values, config, "the built-in model")
     file = folder / "config.json"
+    values = read_config_values(file)
+    hf_config = parse_model_config(values, config, str(file))
+    if config.add_special_tokens:
+        grow_vocabulary(hf_config, tokenizer)
+    return hf_config
+
+
+def read_config_values(file: Path) -> dict[str, Any]:
+    """What a model's config.json says; raises as `read_model_config`."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        model_type = values["model_type"]
+        values["model_type"]
     except FileNotFoundError:
         raise ModelError(
-            f"{folder} has no config.json; --model.path takes a folder with a Hugging Face model"
+            f"{file.parent} has no config.json; --model.path takes a folder with a Hugging Face model"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{file} is not a model configuration ({error}); download it again"
         ) from None
+    return values
+
+
+def parse_model_config(values: dict[str, Any], config: ModelConfig, where: str) -> PreTrainedConfig:
+    """transformers' configuration from the values of a config.json, which `where` names; raises as `read_model_config`."""
+    model_type = values["model_type"]
     if isinstance(values.get("text_config"), dict) and f"{model_type}_text" in CONFIG_CLASSES:
         model_type, values = f"{model_type}_text", _text_values(values)
     if model_type in REFUSED:
-        raise ModelError(f"{file} says model_type {model_type!r}: {REFUSED[model_type]}")
+        raise ModelError(f"{where} says model_type {model_type!r}: {REFUSED[model_type]}")
     if model_type not in CONFIG_CLASSES:
         raise ModelError(
-            f"{file} says model_type {model_type!r}; this trainer knows {', '.join(CONFIG_CLASSES)}"
+            f"{where} says model_type {model_type!r}; this trainer knows {', '.join(CONFIG_CLASSES)}"
         )
     if config.overrides and config.init != "random":
         raise ModelError(
             "model.overrides changes the architecture, so it needs --model.init random"
         )
-    hf_config = _parsed(CONFIG_CLASSES[model_type], values, config, str(file))
-    if config.add_special_tokens:
-        grow_vocabulary(hf_config, tokenizer)
-    return hf_config
+    return _parsed(CONFIG_CLASSES[model_type], values, config, where)
 
 
 def _text_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -165,16 +177,21 @@ def check_fits(
     Raises:
         ModelError: `seq_len` is beyond the model's positions, or a token id has no embedding row.
     """
-    if seq_len > hf_config.max_position_embeddings:
-        raise ModelError(
-            f"data.seq_len {seq_len} is over the model's limit of {hf_config.max_position_embeddings} positions; "
-            f"use --data.seq_len {hf_config.max_position_embeddings} or less"
-        )
+    check_length(hf_config, seq_len=seq_len)
     highest = max(tokenizer.get_vocab().values())
     if highest >= hf_config.vocab_size:
         raise ModelError(
             f"the tokenizer's highest id is {highest}, but the model has {hf_config.vocab_size} embedding rows; "
             "they do not belong together (check --model.tokenizer)"
+        )
+
+
+def check_length(hf_config: PreTrainedConfig, *, seq_len: int) -> None:
+    """Raises ModelError when `seq_len` is beyond the model's positions."""
+    if seq_len > hf_config.max_position_embeddings:
+        raise ModelError(
+            f"data.seq_len {seq_len} is over the model's limit of {hf_config.max_position_embeddings} positions; "
+            f"use --data.seq_len {hf_config.max_position_embeddings} or less"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from data.embedded import check_answer, questions
 from data.mixture import mix
@@ -34,9 +34,10 @@ from models.partial import init_adapters
 from models.tensor_parallel import tensor_parallel_plan
 from models.weights import LoadReport, init_weights, load_weights
 from scripts.batching import open_batches, slices
+from scripts.config import TrainConfig
 from scripts.job import Job
 from scripts.model_card import model_card
-from scripts.partial import adapter_config, freeze_rest, part_record, trains_part
+from scripts.partial import adapter_config, added_tokens, freeze_rest, part_record, trains_part
 from scripts.preparation import (
     uses_embedded_data,
 )
@@ -55,15 +56,11 @@ def build_sharded_model(
     folder = Path(job.prepared["model"]) if job.prepared["model"] else None
     random = folder is None or config.init == "random"
     hf_config = read_model_config(config, folder, tokenizer)
-    parallel = job.config.parallel
-    plan = tensor_parallel_plan(hf_config, parallel.tp)
-    check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
-    model = build_model(hf_config, attention=config.attention, seed=None)
-    if trains_part(job.config):
-        freeze_rest(model, job.config, tokenizer)
-    shard(model, parallel, mesh, plan)
+    model = sharded_without_weights(
+        job.config, hf_config, added_tokens(job.config, tokenizer), mesh
+    )
     # Offloaded parameters live on the host; buffers are where the model computes.
-    home = torch.device("cpu") if parallel.cpu_offload else job.device
+    home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
     materialise(model, home)
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -75,6 +72,20 @@ def build_sharded_model(
     report = load_weights(model, folder)
     init_adapters(model, job.config.seed)
     return model, report
+
+
+def sharded_without_weights(
+    config: TrainConfig, hf_config: PreTrainedConfig, tokens: Sequence[int], mesh: DeviceMesh
+) -> PackedCausalLM:
+    """The model on the meta device, of which `tokens` are trained beside adapters, sharded over `mesh`."""
+    parallel = config.parallel
+    plan = tensor_parallel_plan(hf_config, parallel.tp)
+    check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
+    model = build_model(hf_config, attention=config.model.attention, seed=None)
+    if trains_part(config):
+        freeze_rest(model, config, tokens)
+    shard(model, parallel, mesh, plan)
+    return model
 
 
 def shard(

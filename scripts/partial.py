@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,13 @@ def trains_part(config: TrainConfig) -> bool:
     return config.lora.rank > 0 or config.model.train_last_layers > 0
 
 
-def freeze_rest(
-    model: PackedCausalLM, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """See `models.partial.freeze`. Of tokens that the user adds, known to the tokenizer before or not, rows are trained."""
-    tokens = [tokenizer.get_vocab()[token] for token in config.model.add_special_tokens]
+def added_tokens(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of tokens that the user adds, known to the tokenizer before or not."""
+    return [tokenizer.get_vocab()[token] for token in config.model.add_special_tokens]
+
+
+def freeze_rest(model: PackedCausalLM, config: TrainConfig, tokens: Sequence[int]) -> None:
+    """See `models.partial.freeze`; of `tokens`, which the user adds, rows are trained."""
     freeze(
         model,
         config.lora,

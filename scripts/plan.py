@@ -1,43 +1,127 @@
-"""How well the speed of a run can be predicted before a GPU is spent.
+"""What a run will take, before a GPU is spent on it: memory, speed, and what it waits for.
 
-python scripts/plan.py --evaluate CSV     (how far predictions are from published measurements)
+python scripts/plan.py --model.name Qwen/Qwen3-8B --gpus 2 --gpu h100-nvl [the flags of train.py] [--json]
+python scripts/plan.py --evaluate CSV     (how far predicted speeds are from published measurements)
 python scripts/plan.py --fit CSV          (fit the constants to them)
+
+Needs no GPU, and no network for the models in scripts/planner/models.json.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from models.errors import ModelError
+from scripts.command_line import CommandLineError, parse_run_config
+from scripts.config import TrainConfig
+from scripts.environment import use_cache_dir
+from scripts.planner.facts import GPUS, find_gpu, find_model
+from trainer.errors import TrainError
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """The flags of train.py, so that its command line and files can be given as they are, and those of the plan."""
+
+    gpus: int = 2
+    """GPUs of the run, as many as ranks."""
+
+    gpu: str = "h100-nvl"
+    """Each of them: h100-sxm, h100-nvl, h100-500w or h200, or a name that has one of these in it."""
+
+    tokens: float | None = None
+    """Tokens to train on, for the hours it takes; default: those of --steps."""
+
+    document_length: float | None = None
+    """Tokens of a document, for the cost of attention; of different ones the sum of squares over the sum. Default: a whole row."""
+
+    labels_pct: float = 100.0
+    """Percentage of the tokens that are predicted; the loss computes no others."""
+
+    json: bool = False
+    """Print everything as JSON and nothing else."""
+
+    evaluate: str | None = None
+    """Compare predicted speeds with the measurements in this CSV, which has the columns of scripts/planner/published.csv, and stop."""
+
+    fit: str | None = None
+    """Fit the constants to the measurements in this CSV, write scripts/planner/constants.json, and stop."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare or fit; returns the exit code: 0, 1 for a fault, 2 for a wrong command line."""
-    parser = argparse.ArgumentParser(
-        prog="plan.py", description="Predicted training speed beside published measurements."
-    )
-    wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument(
-        "--evaluate",
-        type=Path,
-        metavar="CSV",
-        help="compare with the measurements in this file, in the columns of scripts/planner/published.csv",
-    )
-    wanted.add_argument(
-        "--fit",
-        type=Path,
-        metavar="CSV",
-        help="fit the constants to them and write scripts/planner/constants.json",
-    )
-    arguments = parser.parse_args(argv)
+    """Plan, compare or fit; returns the exit code: 0, 1 for a fault, 2 for a wrong command line."""
     try:
-        return evaluate(arguments.evaluate) if arguments.evaluate else fit(arguments.fit)
-    except (ValueError, OSError) as error:
+        config = parse_run_config(PlanConfig, "plan.py", argv)
+        _check(config)
+        if config.evaluate is not None:
+            return evaluate(Path(config.evaluate))
+        if config.fit is not None:
+            return fit(Path(config.fit))
+        return plan(config)
+    except (CommandLineError, ModelError, TrainError, ValueError, OSError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, CommandLineError) else 1
+
+
+def _check(config: PlanConfig) -> None:
+    if config.gpus < 1:
+        raise CommandLineError(f"--gpus must be at least 1, got {config.gpus}")
+    if config.tokens is not None and config.tokens <= 0:
+        raise CommandLineError(f"--tokens must be above 0, got {config.tokens}")
+    if config.document_length is not None and config.document_length < 1:
+        raise CommandLineError(
+            f"--document_length must be at least 1, got {config.document_length}"
+        )
+    if not 0 < config.labels_pct <= 100:
+        raise CommandLineError(
+            f"--labels_pct must be above 0 and at most 100, got {config.labels_pct}"
+        )
+    try:
+        find_gpu(config.gpu)
+    except KeyError:
+        known = ", ".join(GPUS)
+        raise CommandLineError(f"--gpu {config.gpu} is not known; there are {known}") from None
+
+
+def plan(config: PlanConfig) -> int:
+    """Print what the run will take."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here has nothing to do with it
+    folder = None if config.model.path is None else Path(config.model.path)
+    if config.model.name is not None:
+        try:
+            find_model(config.model.name)
+        except KeyError:
+            cache_dir = use_cache_dir(config.cache_dir)
+            from models.hub import fetch_model
+
+            folder = fetch_model(
+                config.model.name,
+                revision=config.model.revision,
+                cache_dir=cache_dir,
+                only_tokenizer=True,
+            ).path
+    from scripts.planner.planning import make_plan, planned_model, to_json, to_text
+
+    name, hf_config = planned_model(config, folder)
+    made = make_plan(
+        config,
+        name,
+        hf_config,
+        gpu=find_gpu(config.gpu),
+        gpus=config.gpus,
+        document_length=config.document_length,
+        labels=config.labels_pct / 100,
+        tokens=config.tokens,
+    )
+    print(json.dumps(to_json(made), indent=2) if config.json else to_text(made))
+    return 0
 
 
 def evaluate(file: Path) -> int:

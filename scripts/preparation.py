@@ -28,7 +28,7 @@ from models.errors import ModelError
 from models.hub import check_snapshot, fetch_model
 from models.tokenizer import load_tokenizer
 from scripts.config import TrainConfig
-from scripts.partial import freeze_rest, trains_part
+from scripts.partial import added_tokens, freeze_rest, trains_part
 
 
 def prepare(
@@ -122,7 +122,8 @@ def prepare_model(
         check_packing(hf_config, packing=config.data.packing, device_type=device_type)
     if trains_part(config):
         # On a model without weights: what it lacks is said before anything is tokenised.
-        freeze_rest(build_model(hf_config, attention="sdpa", seed=None), config, tokenizer)
+        model = build_model(hf_config, attention="sdpa", seed=None)
+        freeze_rest(model, config, added_tokens(config, tokenizer))
     return {
         "model": str(model_folder) if model_folder else None,
         "model_commit": model_commit,

@@ -7,6 +7,7 @@ tokens_per_second_per_gpu, and optionally memory_gib and note. `?` or nothing me
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from scripts.planner.facts import find_gpu, find_model, shape_of
-from scripts.planner.speed import Constants, Work, fit, predict
+from scripts.planner.speed import Constants, Work, fit, predict, relative_deviation
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 # A rank-16 adapter of all linear layers has about so many of the parameters.
 _LORA_SHARE = 0.005
+# How far the formula itself may be off, as a logarithm: what rows of a source it was not fitted to show, and, where there
+# are no such rows, a belief.
+_FORMULA = 0.08
+_UNLIKE = {"gpu": 0.08, "experts": 0.2, "split": 0.15, "offload": 0.4, "frozen": 0.1}
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,27 @@ def errors_pct(points: Sequence[Point], constants: Constants | None = None) -> n
     """Predicted over measured tokens per second, less 1, in percent."""
     said = [predict(point.work, constants).tokens_per_second_per_gpu for point in points]
     return 100 * (np.array(said) / np.array([point.measured for point in points]) - 1)
+
+
+def deviation(work: Work) -> float:
+    """Standard deviation of the logarithm of a predicted speed: of the constants, of the formula, of what no row is like."""
+    points, _ = read_points(PUBLISHED)
+    known = [point.work for point in points]
+    unlike = {
+        "gpu": work.gpu not in {other.gpu for other in known},
+        "experts": work.shape.experts > 0,
+        "split": work.tensor_parallel * work.context_parallel > 1,
+        "offload": work.offload,
+        "frozen": work.front_share > 0,
+    }
+    parts = [
+        relative_deviation(work, known),
+        _FORMULA,
+        *(_UNLIKE[name] for name, is_so in unlike.items() if is_so),
+        # Beyond the largest measured number of GPUs nobody knows how waiting grows.
+        0.1 * max(0.0, math.log2(work.gpus / max(other.gpus for other in known))),
+    ]
+    return math.sqrt(sum(part**2 for part in parts))
 
 
 def refit(points: Sequence[Point]) -> Constants:

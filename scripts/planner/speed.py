@@ -20,6 +20,8 @@ import numpy as np
 from scripts.planner.facts import Gpu, Shape
 
 _CONSTANTS = Path(__file__).with_name("constants.json")
+# Believed, not measured: fused AdamW on a GPU's share of the host's cores, bytes per second.
+HOST_OPTIMIZER_RATE = 40e9
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class Work:
     """llm-foundry's MPT: its own eager kernels and ALiBi."""
     tensor_parallel: int = 1
     context_parallel: int = 1
+    offload: bool = False
+    """Masters, gradients and state live in host memory, where the optimizer runs."""
+    front_share: float = 0.0
+    """Of the layers, frozen ones in front of all that is trained: they have no backward."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,9 @@ def predict(work: Work, constants: Constants | None = None) -> StepTime:
 
     # Forward 2 FLOPs per element and token, backward 2 for the input and 2 for what is trained.
     forward = 2.0 * tokens * layers * shape.active_matrices / split
-    linear = forward * (2 + work.trained_share)
+    behind = 1 - work.front_share
+    linear = forward * (1 + behind + work.trained_share)
+    again *= behind
     head = 2.0 * (2 + work.trained_share) * tokens * work.labels_share * width * shape.vocabulary
     reached = (
         c.gemm_share * width / (width + c.gemm_half_width) * tokens / (tokens + c.gemm_half_tokens)
@@ -149,7 +157,7 @@ def predict(work: Work, constants: Constants | None = None) -> StepTime:
     attention_rate = c.attention_flops * gpu.bf16_flops / 989e12 * power
     if work.foundry:
         attention_rate /= c.alibi_slowdown
-    attention = attended * (1 + again + 2.5 / c.attention_backward_share) / attention_rate
+    attention = attended * (1 + again + 2.5 * behind / c.attention_backward_share) / attention_rate
 
     # bf16 elements that norms, residuals and rotary embedding (14 D) and the MLP's activation (8 F) read and write.
     active = shape.mlp_width * max(1, shape.active_experts)
@@ -158,8 +166,9 @@ def predict(work: Work, constants: Constants | None = None) -> StepTime:
         passes *= c.foundry_factor
     elif not work.compiled:
         passes *= c.eager_factor
-    recomputed = 1.0 if work.recompute == "op" else again
-    elementwise = 2 * passes * tokens * layers * (1 + recomputed / 3) / gpu.memory_bytes_per_second
+    recomputed = behind if work.recompute == "op" else again
+    times = (1 + 2 * behind + recomputed) / 3
+    elementwise = 2 * passes * tokens * layers * times / gpu.memory_bytes_per_second
     logits = tokens * work.labels_share * shape.vocabulary
     loss = logits * c.loss_bytes_per_logit / gpu.memory_bytes_per_second
 
@@ -183,7 +192,8 @@ def predict(work: Work, constants: Constants | None = None) -> StepTime:
         )
     shards = work.shards or work.gpus // split
     trained = shape.parameters * work.trained_share / split
-    optimizer = trained / shards * c.optimizer_bytes / gpu.memory_bytes_per_second
+    memory_rate = HOST_OPTIMIZER_RATE if work.offload else gpu.memory_bytes_per_second
+    optimizer = trained / shards * c.optimizer_bytes / memory_rate
     n = work.grad_accum_steps
     seconds = n * (compute - inside_layers) + exposed + waiting + optimizer
     parts = {
@@ -200,7 +210,7 @@ def predict(work: Work, constants: Constants | None = None) -> StepTime:
         bound_by = "network" if across else "links"
     else:
         bound_by = max(("matmul", "attention", "elementwise", "loss"), key=lambda part: parts[part])
-    model_flops = n * (linear + head + 3 * attended)
+    model_flops = n * (linear + head + (1 + 2 * behind) * attended)
     return StepTime(
         **parts,
         communication=total,
@@ -234,7 +244,12 @@ def _traffic(work: Work, c: Constants) -> tuple[float, float]:
     part = (shards - 1) / shards
     gather = work.gathers * (2 * parameters * part / among + latency(shards))
     trained = parameters * work.trained_share
+    if work.offload:  # shards come from the host before they are gathered, and gradients go there
+        host = gpu.host_bytes_per_second
+        gather += work.gathers * (2 * parameters + 2 * trained) / shards / host
     reduce = work.reduce_bytes * trained * part / among + latency(shards)
+    if work.offload:
+        reduce += 4 * trained / shards / gpu.host_bytes_per_second
     if replicas > 1:
         # An all-reduce of each shard over its replicas, which are on other nodes if there are several.
         across = bandwidth(work.gpus > gpu.gpus_per_node)
@@ -312,6 +327,29 @@ def fit(works: Sequence[Work], measured: Sequence[float], *, error: float = 0.03
         elif (damping := damping * 4) > 1e9:
             break
     return constants(x)
+
+
+def relative_deviation(work: Work, fitted_to: Sequence[Work], *, error: float = 0.03) -> float:
+    """Standard deviation of the logarithm of the predicted speed that the constants' own uncertainty makes.
+
+    The linearised posterior of `fit`: a constant that no measurement speaks about is as uncertain as its prior.
+    """
+    now, (_, spreads) = fitted_constants(), prior()
+    free = [name for name, spread in spreads.items() if spread > 0]
+
+    def speeds(constants: Constants, works: Sequence[Work]) -> np.ndarray:
+        return np.log([predict(work, constants).tokens_per_second_per_gpu for work in works])
+
+    works, tiny = [*fitted_to, work], 1e-4
+    at = speeds(now, works)
+    moved = [
+        speeds(replace(now, **{name: getattr(now, name) * math.exp(tiny * spreads[name])}), works)
+        for name in free
+    ]
+    slopes = (np.stack(moved, 1) - at[:, None]) / tiny
+    measured, asked = slopes[:-1] / error, slopes[-1]
+    precision = measured.T @ measured + np.eye(len(free))
+    return math.sqrt(asked @ np.linalg.solve(precision, asked))
 
 
 def keep_constants(constants: Constants, *, origin: str) -> None:
