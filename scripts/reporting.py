@@ -246,10 +246,10 @@ def record_stream(job: Job, ledger: Ledger) -> str | None:
     return _write(job, {"run.json": _to_json(run)})
 
 
-def record_goodput(job: Job, totals: dict[str, float]) -> str | None:
-    """Put where the time went into run.json; returns the error line if that fails."""
+def record(job: Job, **values: Any) -> str | None:
+    """Put what is known at the end into run.json; returns the error line if that fails."""
     run = json.loads((job.output_dir / "run.json").read_text(encoding="utf-8"))
-    return _write(job, {"run.json": _to_json({**run, "goodput": totals})})
+    return _write(job, {"run.json": _to_json({**run, **values})})
 
 
 def stream_line(job: Job, ledger: Ledger) -> str:

@@ -44,6 +44,7 @@ from scripts.modelling import (
     training_loss,
 )
 from scripts.partial import flops_of_part, part_record
+from scripts.planned import begin_plan, compare_plan, comparison_table, planned_memory
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -147,6 +148,8 @@ def _run(job: Job, at_end: ExitStack) -> int:
     say: Say = partial(print, flush=True) if ranks.is_first else lambda _: None
     run = _assemble(job, at_end)
     _announce(job, run, say)
+    gpu = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else None
+    planned = begin_plan(job, run.mixture, gpu=gpu) if ranks.is_first else None
     goodput = Goodput(
         job.output_dir if ranks.is_first else None,
         began=job.attempt.began,
@@ -179,12 +182,15 @@ def _run(job: Job, at_end: ExitStack) -> int:
         return end_preempted(int(number))
     goodput.write(ended=True)
     totals = goodput.totals()
-    raise_together(reporting.record_goodput(job, totals) if ranks.is_first else None)
+    compared = compare_plan(job, planned() if planned else None)
+    raise_together(reporting.record(job, goodput=totals, plan=compared) if ranks.is_first else None)
     if config.dry_run:
         prove_checkpoint(run.checkpointer, run.model, run.optimizer)
         say(summary(job.output_dir) if ranks.is_first else "")
         return 0
     say(goodput_table(totals))
+    if compared:
+        say(comparison_table(compared))
     say(reporting.footer(job, before, after, mfu_peak=peak_origin))
     return 0
 
@@ -367,7 +373,13 @@ def explained(job: Job) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         step, rank = job.attempt.step, job.ranks.rank
-        ours = explain(error, step=step, rank=rank, micro_batch_size=job.micro_batch_size)
+        ours = explain(
+            error,
+            step=step,
+            rank=rank,
+            micro_batch_size=job.micro_batch_size,
+            plan=planned_memory(job.output_dir),
+        )
         if isinstance(ours, PeerLostError):
             end_stopped_siblings()
         if ours is not None:

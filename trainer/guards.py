@@ -309,9 +309,9 @@ class WorkClock:
 
 
 def explain(
-    error: BaseException, *, step: int, rank: int, micro_batch_size: int
+    error: BaseException, *, step: int, rank: int, micro_batch_size: int, plan: str = ""
 ) -> TrainError | None:
-    """The line for an error of torch that people meet: memory that ran out, a rank that was lost."""
+    """The line for an error of torch that people meet: memory that ran out, with its `plan`, a rank that was lost."""
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
         tried = re.search(r"tried to allocate (\d+ bytes|[\d.]+ [KMGT]?i?B)", text, re.IGNORECASE)
@@ -319,7 +319,7 @@ def explain(
         if tried and amount.endswith(" bytes"):
             amount = f"{int(amount[:-6]) / 2**30:,.2f} GiB"
         return TrainError(
-            f"out of memory on rank {rank} in step {step}: tried to allocate {amount}, {_held()}; lower "
+            f"out of memory on rank {rank} in step {step}: tried to allocate {amount}, {_held()}{plan}; lower "
             f"--micro_batch_size (now {micro_batch_size}; the global batch stays, it is accumulated) or "
             "--data.seq_len, recompute with --parallel.activation_checkpointing full, move state to the "
             "host with --parallel.cpu_offload true, or shard over more ranks"

@@ -83,6 +83,8 @@ class Shape:
     """SwiGLU, with three matrices in the MLP instead of two."""
     experts: int = 0
     active_experts: int = 0
+    shared_expert_width: int = 0
+    """Of an MLP beside the experts that every token goes through, with a gate of one row."""
     biases: bool = False
     """On query, key and value."""
     qk_norm: bool = False
@@ -93,6 +95,8 @@ class Shape:
         query, key = self.query_heads * self.head_width, self.key_value_heads * self.head_width
         mlps = (3 if self.gated else 2) * max(1, self.experts)
         router = [(1, self.experts, self.width)] if self.experts else []
+        if shared := self.shared_expert_width:
+            router += [(3, shared, self.width), (1, 1, self.width)]
         return [
             (2, query, self.width),
             (2, key, self.width),
@@ -145,6 +149,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
         gated=config["model_type"] != "mpt",
         experts=experts,
         active_experts=config.get("num_experts_per_tok", 0) if experts else 0,
+        shared_expert_width=config.get("shared_expert_intermediate_size", 0) if experts else 0,
         biases=config["model_type"].startswith("qwen2"),
         qk_norm=config["model_type"].startswith("qwen3"),
     )

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, PreTrainedConfig
 
-from models.attention import PACKED_ATTENTION, packed_attention
+from models.attention import packed_attention
 from models.build import decoder_layer_classes, materialise
 from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
@@ -38,8 +38,8 @@ from trainer.optimizer import build_optimizer, clip_gradients
 from trainer.parallel import build_mesh, set_gradient_sync, set_prefetch
 
 PARAMETERS, STATE, LOSS = "parameters", "optimizer state", "logits and loss"
-_KERNEL_ATTENTION = "packed_documents_kernel"
-AttentionInterface.register(_KERNEL_ATTENTION, partial(packed_attention, kernel=True))
+KERNEL_ATTENTION = "packed_documents_kernel"
+AttentionInterface.register(KERNEL_ATTENTION, partial(packed_attention, kernel=True))
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def trace_step(
         tokens = range(len(config.model.add_special_tokens))
         model = sharded_without_weights(config, hf_config, tokens, mesh)
         if config.model.attention == "packed":
-            model.hf.set_attn_implementation(_KERNEL_ATTENTION)
+            model.hf.set_attn_implementation(KERNEL_ATTENTION)
         layers = decoder_layers(model)
         if on_gpu:
             set_prefetch(layers, parallel.prefetch_layers)
@@ -283,7 +283,7 @@ def _step(
 
     for micro_batch in range(min(grad_accum_steps, 2)):  # the first, the last
         last = micro_batch == min(grad_accum_steps, 2) - 1
-        set_gradient_sync(model, last=last)
+        set_gradient_sync(model, last, config.parallel)
         tracker.begin("forward/before layers")
         loss_sum, _ = loss_fn(watched, batch)  # type: ignore[arg-type]  # called like the model
         tracker.begin("backward/head")

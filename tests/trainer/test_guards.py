@@ -146,8 +146,9 @@ def test_T14_memory_that_runs_out_is_one_line_with_sizes_and_advice() -> None:
     )
     assert "GiB are free; lower --micro_batch_size (now 4;" in line and "\n" not in line
     gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
-    told = explain(gpu, step=3, rank=1, micro_batch_size=4)
+    told = explain(gpu, step=3, rank=1, micro_batch_size=4, plan=" (planned were 90.0)")
     assert told is not None and "tried to allocate 2.50 GiB, " in str(told)
+    assert " (planned were 90.0); lower --micro_batch_size" in str(told)
 
 
 def test_a_lost_rank_is_told_from_other_errors() -> None:
