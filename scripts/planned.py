@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any
 
 from data.mixture import Mixture
-from scripts.job import Job
 from scripts.planner.facts import find_gpu
 
 # A run of a few seconds may end before its plan is made.
@@ -20,14 +19,15 @@ _PATIENCE_SECONDS = 30.0
 
 
 def begin_plan(
-    job: Job, mixture: Mixture | None, *, gpu: str | None
+    output_dir: Path, *, gpu: str | None, gpus: int, rows: list[str]
 ) -> Callable[[], dict[str, Any] | None]:
-    """Start planning in another process, into OUTPUT_DIR/plan.json.
+    """Start planning the run of OUTPUT_DIR/config.yaml in another process, into OUTPUT_DIR/plan.json.
 
     Args:
-        job: whose config.yaml is written.
-        mixture: tells how long documents are and how many tokens are predicted.
+        output_dir: of the run.
         gpu: the device's name; None where there is none.
+        gpus: ranks.
+        rows: see `flags_of_rows`.
 
     Returns:
         A function that returns the plan, or None where there is none, and leaves no process behind.
@@ -38,13 +38,13 @@ def begin_plan(
         return lambda: None
     command = [
         *(sys.executable, str(Path(__file__).with_name("plan.py")), "--json"),
-        *("--config", str(job.output_dir / "config.yaml"), "--gpu", known.name),
-        *("--gpus", str(job.ranks.world_size), *_documents(job, mixture)),
+        *("--config", str(output_dir / "config.yaml"), "--gpu", known.name),
+        *("--gpus", str(gpus), *rows),
     ]
     # Not one of the launcher's ranks; and the network is for the run.
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
     environment = {name: value for name, value in os.environ.items() if name not in own}
-    with (job.output_dir / "plan.json").open("w", encoding="utf-8") as file:
+    with (output_dir / "plan.json").open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,
             stdout=file,
@@ -59,16 +59,16 @@ def begin_plan(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        return read_plan(job.output_dir)
+        return read_plan(output_dir)
 
     return take
 
 
-def _documents(job: Job, mixture: Mixture | None) -> list[str]:
-    """The flags of plan.py that say what rows are made of."""
+def flags_of_rows(mixture: Mixture | None, *, seq_len: int) -> list[str]:
+    """The flags of plan.py that say what rows are made of; none where rows are streamed."""
     if mixture is None:
         return []
-    tokens = sum(len(source.packs) for source in mixture.sources) * job.config.data.seq_len
+    tokens = sum(len(source.packs) for source in mixture.sources) * seq_len
     labels = sum(source.ledger["supervised_tokens"] for source in mixture.sources)
     squares = sum(
         float((source.documents.lengths.astype(float) ** 2).sum()) for source in mixture.sources
@@ -98,11 +98,11 @@ def planned_memory(output_dir: Path) -> str:
     return f" (plan.py: {plan['memory_allocated_gib']:.1f} GiB at the peak, of {plan['memory_gpu_gib']:.1f}: {parts})"
 
 
-def compare_plan(job: Job, plan: dict[str, Any] | None) -> dict[str, dict[str, float]]:
-    """See `compare`, of this run; {} where there is no plan."""
+def compare_plan(output_dir: Path, plan: dict[str, Any] | None) -> dict[str, dict[str, float]]:
+    """See `compare`, of the run there; {} where there is no plan."""
     if plan is None:
         return {}
-    lines = (job.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return compare(plan, [json.loads(line) for line in lines])
 
 

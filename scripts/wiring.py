@@ -44,7 +44,13 @@ from scripts.modelling import (
     training_loss,
 )
 from scripts.partial import flops_of_part, part_record
-from scripts.planned import begin_plan, compare_plan, comparison_table, planned_memory
+from scripts.planned import (
+    begin_plan,
+    compare_plan,
+    comparison_table,
+    flags_of_rows,
+    planned_memory,
+)
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -149,7 +155,12 @@ def _run(job: Job, at_end: ExitStack) -> int:
     run = _assemble(job, at_end)
     _announce(job, run, say)
     gpu = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else None
-    planned = begin_plan(job, run.mixture, gpu=gpu) if ranks.is_first else None
+    planned = begin_plan(
+        job.output_dir,
+        gpu=gpu if ranks.is_first else None,
+        gpus=ranks.world_size,
+        rows=flags_of_rows(run.mixture, seq_len=config.data.seq_len),
+    )
     goodput = Goodput(
         job.output_dir if ranks.is_first else None,
         began=job.attempt.began,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen2MoeConfig
 
 from models.flops import training_flops
 from scripts.plan import main
@@ -90,8 +90,12 @@ def test_parts_add_up(change: dict) -> None:
 
 
 def test_model_flops_are_those_of_the_trainer() -> None:
-    for name in ("Qwen/Qwen3-8B", "Qwen/Qwen2.5-0.5B"):
-        config = find_model(name)
+    for config in (
+        find_model("Qwen/Qwen3-8B"),
+        find_model("Qwen/Qwen2.5-0.5B"),
+        find_model("Qwen/Qwen3-30B-A3B"),
+        Qwen2MoeConfig(num_hidden_layers=3).to_dict(),
+    ):
         work = replace(WORK, shape=shape_of(config), labels_share=0.25)
         hf_config = AutoConfig.for_model(**config)
         expected = training_flops(hf_config, work.tokens, work.tokens / 4, work.squared_lengths)
