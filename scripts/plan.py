@@ -1,6 +1,7 @@
 """What a run will take, before a GPU is spent on it: memory, speed, and what it waits for.
 
 python scripts/plan.py --model.name Qwen/Qwen3-8B --gpus 2 --gpu h100-nvl [the flags of train.py] [--json]
+python scripts/plan.py ... --search recipe.yaml  (the fastest way to train it that fits)
 python scripts/plan.py --evaluate CSV     (how far predicted speeds are from published measurements)
 python scripts/plan.py --fit CSV          (fit the constants to them)
 
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
@@ -44,6 +46,9 @@ class PlanConfig(TrainConfig):
 
     labels_pct: float = 100.0
     """Percentage of the tokens that are predicted; the loss computes no others."""
+
+    search: str | None = None
+    """Look for the fastest way that fits: what is recomputed, rows of a micro-batch, hybrid sharding; at last offload and LoRA. Print them and write the first to this YAML file, for train.py. Takes a minute or more."""
 
     json: bool = False
     """Print everything as JSON and nothing else."""
@@ -110,16 +115,32 @@ def plan(config: PlanConfig) -> int:
     from scripts.planner.planning import make_plan, planned_model, to_json, to_text
 
     name, hf_config = planned_model(config, folder)
-    made = make_plan(
-        config,
-        name,
-        hf_config,
-        gpu=find_gpu(config.gpu),
+    gpu = find_gpu(config.gpu)
+    make = partial(
+        make_plan,
+        name=name,
+        hf_config=hf_config,
+        gpu=gpu,
         gpus=config.gpus,
         document_length=config.document_length,
         labels=config.labels_pct / 100,
         tokens=config.tokens,
     )
+    if config.search is not None:
+        from scripts.planner.search import as_table, recipe, search
+
+        found = search(config, make, gpu=gpu, gpus=config.gpus)
+        if not found:
+            raise TrainError(
+                f"{name} does not fit on {config.gpus} x {gpu.name} in any way that was tried, LoRA and offload "
+                "among them; take more GPUs, or a lower --data.seq_len"
+            )
+        Path(config.search).write_text(recipe(found[0].config), encoding="utf-8")
+        print(
+            f"{as_table(found)}\nthe first is in {config.search}: train.py --config {config.search}"
+        )
+        return 0
+    made = make(config)
     print(json.dumps(to_json(made), indent=2) if config.json else to_text(made))
     return 0
 

@@ -11,6 +11,7 @@ Shapes: B rows, S tokens of each, N labels, V vocabulary, D model width.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -119,10 +120,10 @@ def plan_memory(
         on_gpu=on_gpu,
     )
     layers, last = hf_config.num_hidden_layers, config.model.train_last_layers
-    period, edge = _period(config), 1 + max(1, config.parallel.prefetch_layers * on_gpu)
+    period, edge = _period(config, hf_config), 1 + max(1, config.parallel.prefetch_layers * on_gpu)
     # Frozen layers in front and the others: as many as there are, or few of the same remainder.
     whole = (layers - last, last) if last else (0, layers)
-    few = [min(n, 2 * edge + (n - 2 * edge) % period) for n in whole]
+    few = [min(n, 2 * edge + (n - 2 * edge) % period) if period else n for n in whole]
     base = trace(*cut(config, hf_config, *few), edge=edge)
     steps = []
     for axis in (0, 1):
@@ -147,10 +148,13 @@ def plan_memory(
     return MemoryPlan(phases, extend(lambda trace: trace.streams), counts["trained"], counts["all"])
 
 
-def _period(config: TrainConfig) -> int:
-    """Layers after which what is recomputed repeats."""
+def _period(config: TrainConfig, hf_config: PreTrainedConfig) -> int:
+    """Layers after which their kinds repeat, 0 if they do not."""
+    if getattr(hf_config, "mlp_only_layers", None):
+        return 0
     selective = config.parallel.activation_checkpointing == "selective"
-    return config.parallel.checkpoint_every if selective else 1
+    every = config.parallel.checkpoint_every if selective else 1
+    return math.lcm(every, getattr(hf_config, "decoder_sparse_step", 1))
 
 
 def cut(

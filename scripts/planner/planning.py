@@ -268,7 +268,7 @@ def to_text(plan: Plan) -> str:
         + f", on {plan.gpus} x {plan.gpu.name}",
         f"{rows} rows a step ({micro} in a micro-batch, {accumulated} accumulated), {plan.step_tokens:,} tokens",
         "",
-        _aligned(table),
+        aligned(table),
         "",
         f"memory   {plan.allocated_gib:.1f} GiB allocated, {plan.reserved_gib:.1f} reserved, about {OUTSIDE_GIB:g} beside; "
         f"the GPU has {plan.gpu.memory_gib:.1f}: {verdict}",
@@ -290,7 +290,8 @@ def to_text(plan: Plan) -> str:
     return "\n".join([*lines, *(f"note     {note}" for note in notes)])
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Columns, the first one to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         f"{first:<{widths[0]}}"
