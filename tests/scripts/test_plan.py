@@ -104,7 +104,7 @@ def test_flags_change_the_plan(capsys: pytest.CaptureFixture[str], tiny_folder: 
     ("flags", "code", "told"),
     [
         (["--gpu", "a100"], 2, "--gpu a100 is not known; there are h100-sxm, h100-nvl"),
-        (["--gpsu", "2"], 2, "did you mean --gpus?"),
+        (["--tokns", "2"], 2, "did you mean --tokens?"),
         (["--gpus", "0"], 2, "--gpus must be at least 1"),
         (["--labels_pct", "0"], 2, "--labels_pct must be above 0"),
         (["--gpus", "6", "--parallel.tp", "4"], 1, "does not make 6 ranks"),
