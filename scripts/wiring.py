@@ -43,7 +43,7 @@ from scripts.modelling import (
     save_model_files,
     training_loss,
 )
-from scripts.partial import flops_of_part, part_record
+from scripts.partial import flops_of_part, part_record, trains_part
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -214,6 +214,7 @@ def _assemble(job: Job, at_end: ExitStack) -> _Pieces:
         optimizer,
         config.checkpoint,
         store=open_mirror(config),
+        save_frozen=not trains_part(config),
     )
     at_end.callback(checkpointer.close)
     settings = lasting_settings(job, mixture, tokenizer, model, steps)
