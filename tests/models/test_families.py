@@ -75,6 +75,7 @@ TABLE = {
 QUICK = [
     "qwen3_moe",
     "qwen3_5_moe_text",
+    "qwen4_exp_text",
 ]  # the others take as long again as all other tests of models
 
 SEQ_LEN, ROWS, STEPS, SAVED = 24, 4, 4, 2
