@@ -103,7 +103,6 @@ def test_an_indexer_stays_as_it_was_in_checkpoints_and_exports(
         "--optimizer.name=muon",
         "--parallel.activation_checkpointing=full",
         "--checkpoint.every=2",
-        "--evaluation.rows=2",
     )
     tried = run([*flags, "--dry_run"], output_dir=tmp_path / "tried")
     assert tried.returncode == 0 and "equal in every bit" in tried.stdout, tried.output
