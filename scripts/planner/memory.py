@@ -30,7 +30,7 @@ from models.attention import packed_attention
 from models.build import decoder_layer_classes, materialise
 from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
-from models.layers import linear_attention_layers
+from models.layers import indexed_layers, linear_attention_layers
 from models.partial import decoder_layers
 from scripts.config import TrainConfig
 from scripts.modelling import sharded_without_weights, training_loss
@@ -104,11 +104,11 @@ def plan_memory(
         on_gpu: prefetch layers as GPUs do.
 
     Raises:
-        ModelError, TrainError: as the trainer would, and for linear attention, whose kernels run on GPUs only.
+        ModelError, TrainError: as the trainer would, and for linear attention, whose kernels run on GPUs only, and indexed.
     """
-    if linear_attention_layers(hf_config):
+    if linear_attention_layers(hf_config) or indexed_layers(hf_config):
         raise ModelError(
-            f"{hf_config.model_type} has linear attention, whose kernels cannot be traced without a GPU: its memory "
+            f"{hf_config.model_type} has linear or indexed attention, which cannot be traced without a GPU: its memory "
             "is not planned; measure it with train.py --dry_run true"
         )
     trace = partial(
