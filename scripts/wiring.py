@@ -194,8 +194,9 @@ def _run(job: Job, at_end: ExitStack) -> int:
         return end_preempted(int(number))
     goodput.write(ended=True)
     totals = goodput.totals()
-    compared = compare_plan(job, planned() if planned else None)
-    raise_together(reporting.record(job, goodput=totals, plan=compared) if ranks.is_first else None)
+    compared = compare_plan(job.output_dir, planned())
+    known = {"goodput": totals} | ({"plan": compared} if compared else {})
+    raise_together(reporting.record(job, **known) if ranks.is_first else None)
     if config.dry_run:
         prove_checkpoint(run.checkpointer, run.model, run.optimizer)
         say(summary(job.output_dir) if ranks.is_first else "")
