@@ -172,9 +172,8 @@ def _links(table: str, gpus: int) -> Finding:
     """Of `nvidia-smi topo -m`: rows and columns GPU0, GPU1, ... with NV12 (NVLink), PIX, PHB, NODE or SYS."""
     kinds = set()
     for line in table.splitlines():
-        name, *cells = line.split()
-        if re.fullmatch(r"GPU\d+", name):
-            kinds |= {cell for cell in cells[:gpus] if cell != "X"}
+        if re.match(r"GPU\d+\s", line):  # the header begins with a tab
+            kinds |= {*line.split()[1 : gpus + 1]} - {"X"}
     slow = sorted(kind for kind in kinds if not kind.startswith("NV"))
     if not kinds or slow:
         text = f"GPUs are connected by {', '.join(slow) or 'nothing that is known'}, not NVLink: all-gathers will be slow"

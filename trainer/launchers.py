@@ -34,11 +34,13 @@ def launch_fault() -> str | None:
 def doubled(environment: Mapping[str, str], *, nodes: int) -> str | None:
     """One line if torchrun for (at most) so many nodes, in this environment, was itself started as several ranks.
 
-    A launcher that starts one torchrun per node is no fault: its world is not larger than the number of nodes.
+    A launcher that starts one torchrun per node is no fault: its world is not larger than the number of nodes, or it
+    knows of no local ranks (Kubeflow's PyTorchJob).
     """
+    if "RANK" not in environment or "LOCAL_RANK" not in environment:
+        return None
     ranks = environment.get("WORLD_SIZE", "1")
-    one_per_node = int(ranks) <= nodes and environment.get("LOCAL_RANK", "0") == "0"
-    if "RANK" not in environment or one_per_node:
+    if int(ranks) <= nodes and environment["LOCAL_RANK"] == "0":
         return None
     return (
         f"two launchers at once: torchrun for {nodes} node{'s' * (nodes != 1)} was itself started as rank "

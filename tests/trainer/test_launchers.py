@@ -27,6 +27,7 @@ AZURE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "NODE_RANK": "0"}
         (AZURE, 1, True),  # two on one node
         ({**AZURE, "RANK": "1", "LOCAL_RANK": "1"}, 2, True),
         ({**AZURE, "WORLD_SIZE": "1"}, 1, False),
+        ({"RANK": "1", "WORLD_SIZE": "16"}, 2, False),  # Kubeflow's PyTorchJob: rank of the pod
     ],
 )
 def test_torchrun_inside_another_launcher_is_told_from_one_torchrun_per_node(
