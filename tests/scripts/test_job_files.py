@@ -115,7 +115,6 @@ def test_a_slurm_job_is_saved_and_requeued_on_its_warning(tmp_path: Path) -> Non
     (commands / "scontrol").write_text(
         f'#!/bin/bash\nif [[ $1 == show ]]; then echo localhost; else echo "$@" > {tmp_path}/told; fi\n'
     )
-    (commands / "python").symlink_to(sys.executable)
     for command in ("srun", "scontrol"):
         (commands / command).chmod(0o755)
     output_dir = tmp_path / "output"
