@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.benchmarks import checkpoint, data, load, memory
+from scripts.benchmarks import checkpoint, data, load, memory, step
 
-COMMANDS = {"checkpoint": checkpoint, "data": data, "load": load, "memory": memory}
+COMMANDS = {"checkpoint": checkpoint, "data": data, "load": load, "memory": memory, "step": step}
 
 
 def main(argv: list[str] | None = None) -> int:
