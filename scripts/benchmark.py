@@ -21,9 +21,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.benchmarks import checkpoint, data, load, memory, step
+from scripts.benchmarks import checkpoint, data, limit, load, memory, overhead, step
 
-COMMANDS = {"checkpoint": checkpoint, "data": data, "load": load, "memory": memory, "step": step}
+COMMANDS = {
+    "checkpoint": checkpoint,
+    "data": data,
+    "limit": limit,
+    "load": load,
+    "memory": memory,
+    "overhead": overhead,
+    "step": step,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

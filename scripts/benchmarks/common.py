@@ -97,7 +97,11 @@ def peak_anonymous_bytes() -> int:
     The kernel keeps the peak of all resident pages; pages of files and shared ones are taken to be what they are now.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
-    kib = {name: int(value.split()[0]) for name, _, value in (x.partition(":") for x in lines) if name in _OF_PEAK}
+    kib = {
+        name: int(value.split()[0])
+        for name, _, value in (x.partition(":") for x in lines)
+        if name in _OF_PEAK
+    }
     return 1024 * (kib["VmHWM"] - kib["RssFile"] - kib["RssShmem"])
 
 

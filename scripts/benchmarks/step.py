@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from scripts.benchmarks.common import Result, as_launched, machine, on_ranks, setting, versions
@@ -129,7 +128,8 @@ def summary(runs: Sequence[list[Result] | str]) -> Result:
             step["valid_tokens"] / step["cpu_seconds"] for step in steps
         ),
         "peak_bytes": median(max(rank["peak_bytes"] for rank in run) for run in done),
-        "first_loss": done[0][0]["first_loss"],
+        # A side that takes the mean on each rank has one on each.
+        "first_loss": mean(rank["first_loss"] for rank in done[0]),
         "every_step": steps,
     }
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,6 +48,19 @@ class Work:
     """Behind the warm-up."""
 
 
+def now() -> tuple[float, float]:
+    """Wall and CPU seconds of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+def differences(ticks: Sequence[tuple[float, float]]) -> list[Result]:
+    """Of the steps between them."""
+    return [
+        {"seconds": after[0] - before[0], "cpu_seconds": after[1] - before[1]}
+        for before, after in pairwise(ticks)
+    ]
+
+
 @dataclass
 class Clock:
     """When steps ended, and what memory was held meanwhile."""
@@ -55,12 +69,11 @@ class Clock:
     before: int = field(default_factory=anonymous_bytes)
     """Bytes that the process held when it had imported everything and built nothing."""
     ticks: list[tuple[float, float]] = field(default_factory=list)
-    """Wall and CPU seconds."""
     peak: int = 0
 
     def tick(self) -> None:
         """A step has ended."""
-        self.ticks.append((time.perf_counter(), time.process_time()))
+        self.ticks.append(now())
         if len(self.ticks) == self.work.warm_up:
             forget_peak()
         if len(self.ticks) == self.work.warm_up + self.work.steps:
@@ -68,11 +81,12 @@ class Clock:
 
     def result(self, counts: Sequence[tuple[int, int]], first_loss: float) -> Result:
         """`counts` are this rank's real tokens and labels of every step."""
-        begin, steps = self.work.warm_up, np.diff(self.ticks, axis=0)
+        begin = self.work.warm_up
+        steps = differences(self.ticks[begin - 1 :])
         tokens, valid = zip(*counts[begin : len(self.ticks)], strict=True)
         return {
-            "seconds": steps[begin - 1 :, 0].tolist(),
-            "cpu_seconds": steps[begin - 1 :, 1].tolist(),
+            "seconds": [step["seconds"] for step in steps],
+            "cpu_seconds": [step["cpu_seconds"] for step in steps],
             "tokens": tokens,
             "valid_tokens": valid,
             "peak_bytes": self.peak,
