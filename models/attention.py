@@ -98,7 +98,9 @@ def _attention_per_document(
     groups, dtype = query.shape[1] // key.shape[1], query.dtype
     if groups > 1:  # the CPU's flash kernel does not share keys among heads
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    if query.device.type == "cpu":  # whose kernel takes many times as long for the gradients of bf16
+    if (
+        query.device.type == "cpu"
+    ):  # whose kernel takes many times as long for the gradients of bf16
         query, key, value = query.float(), key.float(), value.float()
     offsets = document_offsets.cpu()
     starts, lengths = offsets[:-1], offsets.diff()
