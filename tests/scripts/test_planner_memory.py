@@ -158,7 +158,7 @@ def _measured(config: TrainConfig, shape: dict[str, Any], grad_accum_steps: int)
 
 
 def compare_with_ranks(names: list[str]) -> None:
-    measured = run_ranks(measure, 2, names)[0]
+    measured = run_ranks(measure, 2, names, timeout=280)[0]
     for name in names:
         config, shape, grad_accum_steps = CASES[name]
         traced = trace_step(
