@@ -34,6 +34,7 @@ from scripts.batching import (
 )
 from scripts.config import TrainConfig, output_folder
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
+from scripts.extensions import check_extensions
 from scripts.job import Job
 from scripts.modelling import (
     build_sharded_model,
@@ -60,7 +61,7 @@ from trainer.guards import Guards, explain
 from trainer.hardware import choose_device, configure, peak_flops, seed_generators
 from trainer.loop import Progress, Speedometer, train
 from trainer.metrics import MetricsWriter
-from trainer.optimizer import build_optimizer, learning_rate_at, state_bytes
+from trainer.optimizer import build_optimizer, learning_rates, state_bytes
 from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
 from trainer.preemption import Stopped, StopRequest, end_stopped_siblings
@@ -82,6 +83,7 @@ def run(
         DataError, ModelError, TrainError: what the user can mend.
         Stopped: a signal came before the first step, or during the export.
     """
+    check_extensions(config)
     device_type = choose_device(config.device, local_world_size=ranks.local_world_size)
     output_dir = output_folder(config)
     configure(device_type, local_world_size=ranks.local_world_size, output_dir=output_dir)
@@ -302,12 +304,9 @@ def _train(
             model,
             run.optimizer,
             micro_batches,
-            loss_fn=training_loss(model),
-            learning_rate=partial(
-                learning_rate_at,
-                steps=steps,
-                peak=config.optimizer.learning_rate,
-                schedule=config.schedule,
+            loss_fn=training_loss(config, model),
+            learning_rate=learning_rates(
+                config.schedule, steps=steps, peak=config.optimizer.learning_rate
             ),
             optimizer_config=config.optimizer,
             progress=progress,
