@@ -123,7 +123,7 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class Pieces:
     """What one run is made of."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -147,7 +147,7 @@ class _Pieces:
 def _run(job: Job, at_end: ExitStack) -> int:
     config, ranks = job.config, job.ranks
     say: Say = partial(print, flush=True) if ranks.is_first else lambda _: None
-    run = _assemble(job, at_end)
+    run = assemble(job, at_end)
     _announce(job, run, say)
     goodput = Goodput(
         job.output_dir if ranks.is_first else None,
@@ -155,7 +155,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
         compiled=config.parallel.compile,
     )
     peak, peak_origin = peak_flops(job.device, DTYPES[config.parallel.param_dtype])
-    finished, before, after = _train(job, run, goodput, say, peak)
+    finished, before, after = train_steps(job, run, goodput, say, peak)
     if isinstance(run.batches, StreamedBatches):
         ledger = total_ledger(job, run.batches)
         raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
@@ -191,7 +191,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
     return 0
 
 
-def _assemble(job: Job, at_end: ExitStack) -> _Pieces:
+def assemble(job: Job, at_end: ExitStack) -> Pieces:
     """Data, model, optimizer and checkpoints, at the place where the run goes on."""
     config, ranks = job.config, job.ranks
     tokenizer = read_tokenizer(config, job.cache_dir, job.prepared["tokenizer"])
@@ -221,7 +221,7 @@ def _assemble(job: Job, at_end: ExitStack) -> _Pieces:
     settings = lasting_settings(job, mixture, tokenizer, model, steps)
     part = part_record(job, model)
     progress, states = resume(job, checkpointer, settings, mixture, part)
-    return _Pieces(
+    return Pieces(
         tokenizer=tokenizer,
         mixture=mixture,
         steps=steps,
@@ -239,7 +239,7 @@ def _assemble(job: Job, at_end: ExitStack) -> _Pieces:
     )
 
 
-def _announce(job: Job, run: _Pieces, say: Say) -> None:
+def _announce(job: Job, run: Pieces, say: Say) -> None:
     """Say what is about to run, and write what says it later."""
     config, is_first = job.config, job.ranks.is_first
     step = run.progress.step
@@ -256,8 +256,8 @@ def _announce(job: Job, run: _Pieces, say: Say) -> None:
     raise_together(save_model_files(job, run.model, run.tokenizer) if is_first else None)
 
 
-def _train(
-    job: Job, run: _Pieces, goodput: Goodput, say: Say, peak: float | None
+def train_steps(
+    job: Job, run: Pieces, goodput: Goodput, say: Say, peak: float | None
 ) -> tuple[bool, dict[str, float], dict[str, float]]:
     """The loop with everything it calls.
 
@@ -289,7 +289,7 @@ def _train(
 
         def save(now: Progress) -> None:
             with goodput.measure("checkpoint"):
-                _save(job, run, now, say)
+                save_checkpoint(job, run, now, say)
             writer.write_goodput(now.step, goodput.totals())
 
         def advance(step: int, seconds: float, data_wait_seconds: float) -> None:
@@ -342,7 +342,7 @@ def _train(
     return finished, before, after
 
 
-def _save(job: Job, run: _Pieces, now: Progress, say: Say) -> None:
+def save_checkpoint(job: Job, run: Pieces, now: Progress, say: Say) -> None:
     """Begin a checkpoint; one that failed is a warning, and an error only if it was the last."""
     state: dict[str, Any] = {
         "samples": now.samples,
