@@ -26,10 +26,13 @@ from trainer.errors import TrainError
 
 @dataclass(frozen=True)
 class VerifyConfig(TrainConfig):
-    """The flags of train.py, so that its command line and files can be given as they are, and two more. --model pkg.fn is --model.function."""
+    """The flags of train.py, so that its command line and files can be given as they are, and three more. --model pkg.fn is --model.function."""
 
     full: bool = False
     """Take the model itself and packed rows of the whole data.seq_len: one rank must hold all of it in fp32."""
+
+    only: tuple[str, ...] = ()
+    """Make only the checks with one of these words in their names, for example [packed, resume]."""
 
     step: str | None = None
     """Own step in place of the loop's, as package.function: a function of (model, optimizer, micro_batches, loss_fn) that returns the mean loss of the step (docs/verify.md)."""
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         # Only now: these import libraries that read the cache variables when they are imported.
         from scripts.verifying.table import verify
 
-        return verify(config, cache_dir, full=config.full, step=config.step)
+        return verify(config, cache_dir, full=config.full, step=config.step, only=config.only)
     except (CommandLineError, DataError, ModelError, TrainError) as error:
         print(f"verify.py: error: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, CommandLineError) else 1

@@ -68,7 +68,7 @@ class Result:
         return self.worst is not None and self.worst.excess > 1
 
 
-def check(name: str, measure: Callable[[], Sequence[Measure]]) -> Result:
+def make(name: str, measure: Callable[[], Sequence[Measure]]) -> Result:
     """The result of a check; one that ends with an error has failed."""
     try:
         worst = max(measure(), key=lambda found: found.excess)
@@ -78,6 +78,10 @@ def check(name: str, measure: Callable[[], Sequence[Measure]]) -> Result:
         reason = " ".join(str(error).split())
         worst = Measure(f"{type(error).__name__}: {reason}"[:300], math.inf, 0.0)
     return Result(name, worst, worst.what if worst.excess > 1 else "")
+
+
+Check = tuple[str, Callable[[], Sequence[Measure]]]
+"""Its name, and what makes it."""
 
 
 class Skipped(Exception):
@@ -104,6 +108,9 @@ def compare_gradients(
     measures = []
     for name, gradient in expected.items():
         other = found.get(name, torch.empty(0))
+        if gradient.numel() == 0:
+            measures.append(Measure(f"{name} has no gradient", math.inf, 0.0))
+            continue
         if other.shape != gradient.shape:
             measures.append(Measure(f"gradient of {name} is missing", math.inf, 0.0))
             continue
@@ -114,7 +121,7 @@ def compare_gradients(
 
 def one_rank(
     bench: Bench, expected: Callable[[Record], None], *, recompute: str
-) -> Iterator[Result]:
+) -> Iterator[Check]:
     """All checks that one process makes; `expected` is given the run that the others are compared with.
 
     The run itself, the whole batch at once and nothing recomputed or compiled, must work: its errors are raised.
@@ -124,42 +131,33 @@ def one_rank(
     with bench.trained(job) as (run, whole):
         expected(whole)
         yield from _documents(job, run)
-        yield check("tied weights are one", lambda: _tie(run))
-        yield check("reload = memory", lambda: _reload(run))
-        yield check("export = live", lambda: _export(job, run))
+        yield "tied weights are one", lambda: _tie(run)
+        yield "reload = memory", lambda: _reload(run)
+        yield "export = live", lambda: _export(job, run)
 
-    def varied(name: str, **changes: Any) -> Record:
-        return bench.record(bench.job(name, **{"micro_batch_size": rows, **changes}))
+    def varied(name: str, *, looser: int = 1, **changes: Any) -> list[Measure]:
+        changed = bench.job(name, **{"micro_batch_size": rows, **changes})
+        return compare_runs(bench.record(changed), whole, looser=looser)
 
-    yield check(
-        "accumulation = big batch",
-        lambda: compare_runs(varied("accumulated", micro_batch_size=1), whole),
-    )
-    recomputed = replace(parallel, activation_checkpointing=recompute)
-    yield check(
-        "recomputed = kept", lambda: compare_runs(varied("recomputed", parallel=recomputed), whole)
-    )
-    yield check(
-        "resume = uninterrupted",
-        lambda: _resumed(
-            varied(
-                "resumed",
-                resume=str(job.output_dir / "checkpoints" / f"step-{STEPS // 2:08d}"),
-            ),
-            whole,
-        ),
-    )
+    def resumed() -> list[Measure]:
+        middle = job.output_dir / "checkpoints" / f"step-{STEPS // 2:08d}"
+        again = bench.job("resumed", micro_batch_size=rows, resume=str(middle))
+        return _compare_ends(bench.record(again), whole)
 
     def compiled() -> list[Measure]:
         if bench.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise Skipped("no C++ compiler here (g++, or CXX)")
-        record = varied("compiled", parallel=replace(parallel, compile=True))
-        return compare_runs(record, whole, looser=OTHER_KERNELS)
+        return varied("compiled", looser=OTHER_KERNELS, parallel=replace(parallel, compile=True))
 
-    yield check("compiled = plain", compiled)
+    recomputed = replace(parallel, activation_checkpointing=recompute)
+    yield "accumulation = big batch", lambda: varied("accumulated", micro_batch_size=1)
+    yield "recomputed = kept", lambda: varied("recomputed", parallel=recomputed)
+    yield "resume = uninterrupted", resumed
+    yield "compiled = plain", compiled
 
 
-def _resumed(found: Record, whole: Record) -> list[Measure]:
+def _compare_ends(found: Record, whole: Record) -> list[Measure]:
+    """The steps behind the checkpoint in the middle, and the state at the end, bit for bit."""
     measures = [
         Measure(
             f"loss of step {step} is {found.losses.get(step, math.nan):.6f}, not {loss:.6f}",
@@ -206,7 +204,7 @@ def _export(job: Job, run: Pieces) -> list[Measure]:
 # --------------------------------------------------------------------------------------- documents
 
 
-def _documents(job: Job, run: Pieces) -> Iterator[Result]:
+def _documents(job: Job, run: Pieces) -> Iterator[Check]:
     """What shares a row, and what is masked."""
     documents = _some_documents(job, run)
     ends = np.cumsum([len(ids) for ids, _ in documents])
@@ -266,10 +264,10 @@ def _documents(job: Job, run: Pieces) -> Iterator[Result]:
             *compare_gradients(gradients, expected),
         ]
 
-    yield check("packed = unpacked", packed)
-    yield check("document A leaves B alone", apart)
-    yield check("no token sees a later one", causal)
-    yield check("masked rows count nothing", masked)
+    yield "packed = unpacked", packed
+    yield "document A leaves B alone", apart
+    yield "no token sees a later one", causal
+    yield "masked rows count nothing", masked
 
 
 def _some_documents(job: Job, run: Pieces, count: int = 4) -> list[Document]:

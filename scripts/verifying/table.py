@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from scripts.config import TrainConfig
 from scripts.extensions import check_extensions
-from scripts.verifying.checks import Measure, Result, check, compare_runs, one_rank
+from scripts.verifying.checks import Check, Measure, Result, compare_runs, make, one_rank
 from scripts.verifying.copy import copy_of
 from scripts.verifying.runs import Bench, Record
 from trainer.config import ParallelConfig
@@ -28,7 +28,9 @@ from trainer.functions import import_function
 _RANKS_SECONDS = 600.0
 
 
-def verify(config: TrainConfig, cache_dir: Path, *, full: bool, step: str | None) -> int:
+def verify(
+    config: TrainConfig, cache_dir: Path, *, full: bool, step: str | None, only: tuple[str, ...]
+) -> int:
     """Print a line for every check; returns 0 when all hold, else 1.
 
     Raises:
@@ -39,17 +41,24 @@ def verify(config: TrainConfig, cache_dir: Path, *, full: bool, step: str | None
     if step is not None:
         _own_step(step)
     world_size = ranks_of(config.parallel)
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=cache_dir) as name:
-        folder = Path(name)
+    with ExitStack() as at_end:
+        place = tempfile.TemporaryDirectory(prefix=".verify-", dir=cache_dir)
+        folder = Path(at_end.enter_context(place))
         data_ranks = world_size // (config.parallel.cp * config.parallel.tp)
         chosen, prepared = copy_of(
             config, cache_dir, folder, full=full, global_batch_size=2 * data_ranks
         )
+        checks = at_end.enter_context(
+            closing(_checks(config, chosen, prepared, cache_dir, folder, world_size, step, only))
+        )
         results = []
         print(f"{'check':<27}{'result':<8}{'difference':>12}{'tolerance':>11}", flush=True)
-        for result in _results(config, chosen, prepared, cache_dir, folder, world_size, step):
-            print(line(result), flush=True)
-            results.append(result)
+        for name, measure in checks:
+            if _wanted(name, only):
+                results.append(make(name, measure))
+                print(line(results[-1]), flush=True)
+    if not results:
+        raise TrainError(f"--only {', '.join(only)} is in no check's name: see docs/verify.md")
     failed = [result.name for result in results if result.failed]
     made = sum(result.worst is not None for result in results)
     seconds = time.perf_counter() - began
@@ -58,6 +67,10 @@ def verify(config: TrainConfig, cache_dir: Path, *, full: bool, step: str | None
         return 1
     print(f"all {made} checks hold, in {seconds:.0f} s")
     return 0
+
+
+def _wanted(name: str, only: tuple[str, ...]) -> bool:
+    return not only or any(word in name for word in only)
 
 
 def ranks_of(parallel: ParallelConfig) -> int:
@@ -75,7 +88,7 @@ def line(result: Result) -> str:
     return f"{result.name:<27}{word:<8}{numbers}  {result.note}".rstrip()
 
 
-def _results(
+def _checks(
     config: TrainConfig,
     chosen: TrainConfig,
     prepared: dict[str, Any],
@@ -83,7 +96,8 @@ def _results(
     folder: Path,
     world_size: int,
     step: str | None,
-) -> Iterator[Result]:
+    only: tuple[str, ...],
+) -> Generator[Check, None, None]:
     # The ranks import and run while the checks of this process are made.
     spread = replace(
         chosen,
@@ -98,7 +112,9 @@ def _results(
     recompute = config.parallel.activation_checkpointing
     device_type = chosen.device
     assert device_type != "auto"
-    with _ranks(world_size, spread, prepared, cache_dir, folder, step) as pipe:
+    name = f"{world_size} ranks = 1 rank"
+    started = world_size if _wanted(name, only) else 0
+    with _ranks(started, spread, prepared, cache_dir, folder, step) as pipe:
         ranks = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, node=0, store=None)
         device = start(ranks, device_type)
         try:
@@ -117,8 +133,7 @@ def _results(
             )
         finally:
             dist.destroy_process_group()
-        name = f"{world_size} ranks = 1 rank"
-        yield check(name, lambda: _compare_ranks(pipe, whole[0]))
+        yield name, lambda: _compare_ranks(pipe, whole[0])
 
 
 def _compare_ranks(pipe: Connection, whole: Record) -> list[Measure]:
