@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 from collections.abc import Generator, Iterator
@@ -140,7 +141,7 @@ def _compare_ranks(pipe: Connection, whole: Record) -> list[Measure]:
     if not pipe.poll(_RANKS_SECONDS):
         raise TrainError(f"they did not end within {_RANKS_SECONDS:.0f} s")
     try:
-        found = pipe.recv()
+        found = pickle.loads(pipe.recv_bytes())
     except EOFError:
         raise TrainError("a rank ended without a result; its lines are above") from None
     if isinstance(found, str):
@@ -225,7 +226,8 @@ def _run_rank(
     except Exception as error:
         answer = f"rank {rank}: {type(error).__name__}: {' '.join(str(error).split())}"
     if ranks.is_first or isinstance(answer, str):
-        pipe.send(answer)
+        # Plain pickle: torch's own would send handles that end with this process.
+        pipe.send_bytes(pickle.dumps(answer))
     pipe.close()
 
 
