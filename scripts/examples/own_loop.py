@@ -34,13 +34,12 @@ def step(
 
     from trainer.distributed import sum_over_ranks
     from trainer.optimizer import clip_gradients
-    from trainer.parallel import set_gradient_sync
 
     own_tokens = sum(float(batch["counts"][2]) for batch in micro_batches)
     (valid_tokens,) = sum_over_ranks([own_tokens])
     total = 0.0
     for number, batch in enumerate(micro_batches, 1):
-        set_gradient_sync(model, last=number == len(micro_batches))
+        model.set_requires_gradient_sync(number == len(micro_batches))  # one reduction a step
         loss, metrics = loss_fn(model, batch)
         # FSDP averages over ranks: times their number it is a sum, and one global count makes that a mean.
         (loss * dist.get_world_size() / valid_tokens).backward()
@@ -90,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         grad_accum_steps=accumulation,
         prepared=prepared,
     )
+    job.output_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as at_end:
         run = assemble(job, at_end)  # data, sharded model, optimizer, checkpoints, where to go on
         loss_fn, batches = training_loss(config, run.model), iter(run.batches)

@@ -113,13 +113,12 @@ def _step(
     import torch.distributed as dist
 
     from trainer.distributed import sum_over_ranks
-    from trainer.parallel import set_gradient_sync
 
     own = sum(float(batch["counts"][2]) for batch in micro_batches)
     (tokens,) = sum_over_ranks([own])
     total = 0.0
     for number, batch in enumerate(micro_batches, 1):
-        set_gradient_sync(model, last=synchronise and number == len(micro_batches))
+        model.set_requires_gradient_sync(synchronise and number == len(micro_batches))
         loss, _ = loss_fn(model, batch)
         (loss / own if not together else loss * dist.get_world_size() / tokens).backward()
         total += float(loss.detach())
