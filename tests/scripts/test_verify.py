@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scripts.environment import _cache_settings
+from scripts.environment import cache_settings
 from scripts.verifying.checks import Measure, Result, compare_gradients, compare_runs, make
 from scripts.verifying.runs import Record
 from scripts.verifying.table import line, ranks_of
@@ -136,7 +136,7 @@ def verify(tmp_path: Path, *flags: str) -> CommandResult:
     cache = tmp_path / "cache"
     cache.mkdir(exist_ok=True)
     argv = [f"--cache_dir={cache}", *flags]
-    env = _cache_settings(cache)
+    env = cache_settings(cache)
     ((code, out, err),) = run_ranks(_main, 1, argv, env=env, init_group=False)
     return CommandResult(code, out, err, 0.0)
 
@@ -164,6 +164,7 @@ def failed(result: CommandResult) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_embedded_default_holds_and_leaves_nothing(tmp_path: Path) -> None:
     result = verify(tmp_path, ALONE)
