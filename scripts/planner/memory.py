@@ -276,21 +276,26 @@ def _step(
         (value for state in states for value in state.values() if isinstance(value, Tensor)),
         kept[STATE],
     )
-    loss_fn = training_loss(model)
+    loss_fn = training_loss(config, model)
 
-    def watched(batch: dict[str, Tensor], head: Callable[..., Any], **options: Any) -> Any:
-        def watched_head(*inputs: Tensor) -> Any:
+    def mark_head(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(inputs) < 2:  # a loss that takes logits
+            return inputs
+        batch, head = inputs
+
+        def marked(*given: Tensor) -> Any:
             tracker.begin("loss")
             with tracker.label(LOSS):
-                return head(*inputs)
+                return head(*given)
 
-        return model(batch, watched_head, **options)
+        return batch, marked
 
+    model.register_forward_pre_hook(mark_head)
     for micro_batch in range(min(grad_accum_steps, 2)):  # the first, the last
         last = micro_batch == min(grad_accum_steps, 2) - 1
         set_gradient_sync(model, last, config.parallel)
         tracker.begin("forward/before layers")
-        loss_sum, _ = loss_fn(watched, batch)  # type: ignore[arg-type]  # called like the model
+        loss_sum, _ = loss_fn(model, batch)
         tracker.begin("backward/head")
         (loss_sum * 1.0).backward()
         del loss_sum

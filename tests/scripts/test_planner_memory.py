@@ -139,7 +139,7 @@ def _measured(config: TrainConfig, shape: dict[str, Any], grad_accum_steps: int)
         names = ("input_ids", "labels", "position_ids")
         batch |= {name: batch[name][:, :part] for name in names}
         batch["label_positions"] = torch.arange(LABELS // config.parallel.cp)
-    loss_fn = training_loss(model)
+    loss_fn = training_loss(config, model)
 
     def step() -> None:
         for micro_batch in range(grad_accum_steps):
