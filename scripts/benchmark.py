@@ -3,6 +3,7 @@
 python scripts/benchmark.py data [--rows N] [--repeats N] [--tokenizer DIR] [--json FILE]
 python scripts/benchmark.py load [--megabytes N] [--repeats N] [--json FILE]
 python scripts/benchmark.py checkpoint [--megabytes N] [--folder DIR] [--repeats N] [--json FILE]
+python scripts/benchmark.py loss [--tokens N] [--width N] [--vocabulary N] [--repeats N] [--json FILE]
 python scripts/benchmark.py memory [--seq_len N] [--layers N] [--width N] [--repeats N] [--json FILE]
 
 Each command is a module of scripts/benchmarks and prints Markdown tables. None needs a GPU.
@@ -21,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.benchmarks import checkpoint, data, load, memory
+from scripts.benchmarks import checkpoint, data, load, loss, memory
 
-COMMANDS = {"checkpoint": checkpoint, "data": data, "load": load, "memory": memory}
+COMMANDS = {"checkpoint": checkpoint, "data": data, "load": load, "loss": loss, "memory": memory}
 
 
 def main(argv: list[str] | None = None) -> int:
