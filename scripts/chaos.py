@@ -26,11 +26,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# This repository's `trainer` must win over anything installed by that name.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.goodput import FILE, goodput_table
 
+ROOT = Path(__file__).resolve().parents[1]
 FAULTS = {
     "kill-rank": "SIGKILL of one rank",
     "kill-in-save": "SIGKILL of one rank while a checkpoint is being written",
@@ -200,7 +201,7 @@ def cause_all(
                 return newest_step(output_dir) >= step
             return time.monotonic() >= moment
 
-        if not wait_until(is_due, run, given.timeout):
+        if not wait_until(is_due, run, given.timeout + fault.due):
             return run, faults[:number]
         if fault.kind == "kill-in-save" and not wait_until(
             partial(is_saving, output_dir), run, given.timeout, poll=0.001
