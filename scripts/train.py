@@ -17,7 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.command_line import CommandLineError, parse_train_config, to_yaml
+from scripts.command_line import (
+    CommandLineError,
+    parse_train_config,
+    print_traceback,
+    printable,
+    to_yaml,
+)
 from scripts.config import TrainConfig, output_folder
 from scripts.environment import remove_launcher_folders, use_cache_dir
 from trainer.crashes import Attempt
@@ -75,7 +81,7 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
         with stop.deferred():  # the launcher may end this rank while it reports
             ranks = ranks or meet()
             if claim_report(ranks):
-                print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+                print(f"train.py: error: {printable(str(error))}", file=sys.stderr, flush=True)
             if not lost:  # then nobody is there to wait for
                 leave(ranks)
         return 2 if isinstance(error, CommandLineError) else 1
@@ -96,4 +102,5 @@ def _attempt(config: TrainConfig) -> Attempt:
 
 
 if __name__ == "__main__":
+    sys.excepthook = print_traceback
     sys.exit(main())
