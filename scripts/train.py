@@ -10,6 +10,7 @@ import hashlib
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
@@ -46,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         KeyboardInterrupt,
     ):  # before the first step, or ctrl-C while the state is saved
         number = stop.signal or signal.SIGINT
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and not _is_hopeless(argv):
             how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-            print(f"train.py: {how}", file=sys.stderr, flush=True)
+            print(f"train.py: {how} DEBUG {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", file=sys.stderr, flush=True)
         return 128 + number
     finally:
         remove_launcher_folders()
@@ -78,6 +79,8 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
             raise Stopped(stop.signal) from None
         if attempt is not None and stop.signal is None:
             attempt.record(error, final=not isinstance(error, TransientError))
+        if attempt is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            return 2  # a command line that is wrong stays wrong, and the first attempt has said how
         with stop.deferred():  # the launcher may end this rank while it reports
             ranks = ranks or meet()
             if claim_report(ranks):
@@ -91,6 +94,13 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
         if attempt is not None:
             attempt.record(error, final=False)
         raise
+
+
+def _is_hopeless(argv: list[str] | None) -> bool:
+    """Whether the launcher ends this rank because its siblings have just ended, with nothing left to say."""
+    with suppress(Exception):
+        return _attempt(parse_train_config(argv)).is_hopeless()
+    return False
 
 
 def _attempt(config: TrainConfig) -> Attempt:
