@@ -46,6 +46,9 @@ class ParallelConfig:
     reduce_dtype: Literal["bfloat16", "float32"] = "float32"
     """Type in which gradients are reduced over ranks."""
 
+    accumulation: Literal["whole", "sharded"] = "whole"
+    """With several micro-batches a step: keep their gradients whole on every rank and reduce them once, in the last; or reduce after each and keep shards, for less memory (6 bytes per parameter that no number of ranks divides) and more traffic."""
+
     activation_checkpointing: Literal["none", "full", "selective", "op"] = "none"
     """What backward recomputes instead of keeping it: full, every decoder layer; selective, every checkpoint_every-th; op, all in a layer but matrix products and attention, whose results are kept."""
 

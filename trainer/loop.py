@@ -98,7 +98,7 @@ def train(
         stop: polled once per step.
         guards: decide whether a step counts, and end a run that went wrong.
         speedometer: turns counts into `mfu_pct`.
-        parallel: of its axes, ranks along `cp` and `tp` have the same rows and counts, those along `tp` also the same loss.
+        parallel: how micro-batches accumulate; and of its axes, ranks along `cp` and `tp` have the same rows and counts, those along `tp` also the same loss.
 
     Returns:
         True when everything was done, False when a stop was requested: then all steps up to it are saved.
@@ -122,7 +122,7 @@ def train(
         valid_tokens = counts[2]
 
         for index, batch in enumerate(micro_batches):
-            set_gradient_sync(model, last=index == grad_accum_steps - 1)
+            set_gradient_sync(model, last=index == grad_accum_steps - 1, config=parallel)
             loss_sum, metrics = loss_fn(model, to_device(batch, device))
             # FSDP averages gradients over all axes but tp; times their size makes that the sum over ranks, and the
             # global count makes it the mean over every valid token of the step, wherever it lies.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -328,21 +329,38 @@ def clip_gradients(parameters: Iterable[Tensor], max_grad_norm: float) -> float:
         The global norm before clipping, over all parameters and ranks; the same number on every rank. Reading it is
         the one point of a step where the host waits for the device.
     """
-    # Tensors of different meshes cannot meet in one operation.
-    meshes: dict[DeviceMesh | None, list[Tensor]] = {}
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = float(gradient_norm(parameters))
+    if max_grad_norm > 0 and norm > max_grad_norm and math.isfinite(norm):
+        torch._foreach_mul_([_local(p.grad) for p in parameters], max_grad_norm / norm)
+    return norm
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The global norm of the gradients that `parameters` have: a scalar in fp32, the same on every rank.
+
+    Every rank squares the shards it holds, and one all-reduce for each set of axes that shard adds up what its ranks
+    hold: a norm of each DTensor would be a dispatch, and some a collective, for each of hundreds of parameters.
+    """
+    shards: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = {}
     for parameter in parameters:
-        if parameter.grad is not None:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            meshes.setdefault(mesh, []).append(parameter)
-    norms = []
-    for together in meshes.values():
+        if parameter.grad is None:
+            continue
+        held_by = None
+        if isinstance(parameter, DTensor):
+            placements = enumerate(parameter.placements)
+            split = tuple(axis for axis, placement in placements if not placement.is_replicate())
+            held_by = (parameter.device_mesh, split)
+        shards.setdefault(held_by, []).append(_local(parameter.grad))
+    squares = []
+    for held_by, together in shards.items():
         # In fp32, also where gradients are bf16.
-        each = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in together]
-        norm = torch.linalg.vector_norm(torch.stack(each))
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    value = float(norm)
-    if max_grad_norm > 0 and value > max_grad_norm and math.isfinite(value):
-        for together in meshes.values():
-            torch.nn.utils.clip_grads_with_norm_(together, max_grad_norm, norm)
-    return value
+        norms = torch._foreach_norm(together, dtype=torch.float32)
+        square = torch.stack(norms).square().sum()
+        mesh, split = held_by or (None, ())
+        for axis in split:
+            assert mesh is not None
+            dist.all_reduce(square, group=mesh.get_group(axis))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()

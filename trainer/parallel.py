@@ -398,9 +398,15 @@ def _largest_shard(parameter: nn.Parameter, *, of: str | None = None) -> int:
     return math.prod(sizes)
 
 
-def set_gradient_sync(model: nn.Module, last: bool) -> None:
-    """Reduce gradients over ranks only in the last micro-batch of a step; keep parameters gathered until then."""
+def set_gradient_sync(model: nn.Module, last: bool, config: ParallelConfig) -> None:
+    """Before each micro-batch of a step: whether its backward reduces gradients over ranks and frees parameters.
+
+    The last one does. Those before keep both whole on every rank, or as `config.accumulation` says only shards; then
+    replicas, whose shards are reduced once more, still wait for the last.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last)
+        now = last or config.accumulation == "sharded"
+        model.set_requires_gradient_sync(now)
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(now)
         model.set_is_last_backward(last)

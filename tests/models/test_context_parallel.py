@@ -144,7 +144,7 @@ def _step(case: Case) -> dict[str, Any]:
     count = len(rows) // data.size // grad_accum_steps
     total = torch.zeros(())
     for index, start in enumerate(range(data.rank * count, len(rows), data.size * count)):
-        set_gradient_sync(model, last=index == grad_accum_steps - 1)
+        set_gradient_sync(model, last=index == grad_accum_steps - 1, config=config)
         batch = packed_batch(rows[start : start + count], SEQ_LEN, max_documents=9)
         loss_sum, _ = causal_lm_loss(model, slice_sequence(batch, data.part, data.parts))
         (loss_sum * (world_size / config.tp / _valid())).backward()

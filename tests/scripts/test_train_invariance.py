@@ -86,7 +86,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
             [
                 "--micro_batch_size=1",
                 "--parallel.activation_checkpointing=full",
-                "--parallel.reshard_after_forward=false",
+                "--parallel.accumulation=sharded",
             ],
             id="activation-checkpointing",
         ),

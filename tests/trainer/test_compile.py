@@ -54,7 +54,7 @@ def _train(config: ParallelConfig) -> dict[str, Any]:
             # Documents of other lengths and number; the shapes are those of every packed batch.
             lengths = LENGTHS[(2 * step + number + dist.get_rank()) % len(LENGTHS)]
             batch = packed_batch([random_documents(lengths, seed=step)], 24, max_documents=6)
-            set_gradient_sync(model, last=number == 1)
+            set_gradient_sync(model, last=number == 1, config=config)
             loss, _ = causal_lm_loss(model, batch)
             loss.backward()
             found["losses"].append(loss.item())

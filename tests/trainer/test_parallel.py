@@ -17,6 +17,7 @@ from torch.distributed.fsdp.wrap import (
     lambda_auto_wrap_policy,
     transformer_auto_wrap_policy,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.build import decoder_layer_classes
@@ -206,9 +207,15 @@ def _gradients(grad_accum_steps: int, config: ParallelConfig, tied: bool) -> dic
     valid = sum(len(document) - 1 for row in rows for document in row)
     total = torch.zeros(())
     for index, batch in enumerate(batches):
-        set_gradient_sync(model, last=index == grad_accum_steps - 1)
+        last = index == grad_accum_steps - 1
+        set_gradient_sync(model, last, config)
         loss_sum, _ = causal_lm_loss(model, batch)
         (loss_sum * (world_size / valid)).backward()
+        # Shards that replicas have not reduced yet are FSDP's own.
+        reduced = [isinstance(parameter.grad, DTensor) for parameter in model.parameters()]
+        at_once = config.accumulation == "sharded" and config.dp_replicate == 1
+        if world_size > 1:
+            assert all(reduced) if last or at_once else not any(reduced)
         total += loss_sum.detach()
     dist.all_reduce(total)
     norm = clip_gradients(model.parameters(), 0.0)
@@ -244,7 +251,9 @@ def test_loss_and_gradients_do_not_depend_on_the_ranks(tied: bool) -> None:
         **FP32, wrap_policy="module:Qwen3MLP", activation_checkpointing="selective"
     )
     share = ParallelConfig(**FP32, reshard_after_forward=2)
+    shards = ParallelConfig(**FP32, accumulation="sharded")
     hybrid = ParallelConfig(**FP32, dp_replicate=2)
+    hybrid_shards = ParallelConfig(**FP32, dp_replicate=2, accumulation="sharded")
     replicated = ParallelConfig(**FP32, dp_replicate=2, dp_shard=1)
     # To FSDP the ranks of cp are more ranks of dp_shard; what they compute is not its business.
     context = ParallelConfig(**FP32, cp=2)
@@ -254,6 +263,7 @@ def test_loss_and_gradients_do_not_depend_on_the_ranks(tied: bool) -> None:
         2: [
             (1, fp32, tied),
             (4, fp32, tied),
+            (4, shards, tied),
             (2, more, tied),
             (2, kept, tied),
             (1, replicated, tied),
@@ -267,6 +277,7 @@ def test_loss_and_gradients_do_not_depend_on_the_ranks(tied: bool) -> None:
             (1, context, tied),
             (1, hybrid_context, tied),
             (2, hybrid, tied),
+            (2, hybrid_shards, tied),
             (1, share, tied),
             (2, share, tied),
         ],
