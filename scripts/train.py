@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         number = stop.signal or signal.SIGINT
         if os.environ.get("RANK", "0") == "0" and not _is_hopeless(argv):
             how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-            print(f"train.py: {how} DEBUG {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", file=sys.stderr, flush=True)
+            print(f"train.py: {how}", file=sys.stderr, flush=True)
         return 128 + number
     finally:
         remove_launcher_folders()
