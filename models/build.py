@@ -22,16 +22,24 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    Qwen4ExpTextConfig,
 )
 
 from models.attention import PACKED_ATTENTION
 from models.causal_lm import PackedCausalLM
 from models.config import ModelConfig
 from models.errors import ModelError
-from models.layers import has_sliding_window, linear_attention_layers, sparse_layers
+from models.layers import (
+    has_sliding_window,
+    indexed_layers,
+    linear_attention_layers,
+    ngram_layers,
+    sparse_layers,
+)
 from models.token_rows import HeadWithRows
 from models.weights import init_weights
 
+INDEXER = "self_attn.indexer."  # in the names of its parameters
 JUDGED_PARAMETERS = 10_000_000  # the smallest Qwen has some 500 million
 FIRST_LOSS_MARGIN = 0.5
 """Nats a token by which pretrained weights must beat a uniform guess on the first batch."""
@@ -46,15 +54,9 @@ CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
         Qwen3NextConfig,
         Qwen3_5TextConfig,
         Qwen3_5MoeTextConfig,
+        Qwen4ExpTextConfig,
     )
 }
-
-_QWEN4 = (
-    "the indexer of its attention gets no gradient in transformers and runs token by token; "
-    "take a model of another family (docs/models.md)"
-)
-REFUSED = {"qwen4_exp": _QWEN4, "qwen4_exp_text": _QWEN4}
-"""Qwen models that transformers has and this trainer does not train: why, and the remedy."""
 
 # The built-in model: small enough to learn the embedded chat data on two CPU cores in minutes.
 EMBEDDED_QWEN3: dict[str, Any] = {
@@ -100,8 +102,6 @@ def read_model_config(
         ) from None
     if isinstance(values.get("text_config"), dict) and f"{model_type}_text" in CONFIG_CLASSES:
         model_type, values = f"{model_type}_text", _text_values(values)
-    if model_type in REFUSED:
-        raise ModelError(f"{file} says model_type {model_type!r}: {REFUSED[model_type]}")
     if model_type not in CONFIG_CLASSES:
         raise ModelError(
             f"{file} says model_type {model_type!r}; this trainer knows {', '.join(CONFIG_CLASSES)}"
@@ -143,6 +143,16 @@ def _parsed(
         raise ModelError(
             f"{where} uses sliding-window attention, which needs --model.attention sdpa"
         )
+    if indexed_layers(hf_config):
+        if config.attention == "packed":
+            raise ModelError(
+                f"{where} has attention to tokens that an indexer chooses, which needs "
+                "--model.attention sdpa --data.packing none"
+            )
+        if getattr(hf_config, "indexer_budget", None) is None:
+            raise ModelError(
+                f"{where} has layers of indexed_attention and no indexer_budget; download it again"
+            )
     if config.router_aux_loss_coef is not None:
         if config.router_aux_loss_coef < 0:
             raise ModelError(
@@ -184,6 +194,8 @@ def check_packing(hf_config: PreTrainedConfig, *, packing: str, device_type: str
     PyTorch's own version of Gated DeltaNet knows no document borders; the kernels of flash-linear-attention
     and causal-conv1d do, and run on GPUs only.
 
+    Qwen4-Exp has no borders at all for its n-grams and its convolution over them.
+
     Args:
         hf_config: transformers' configuration.
         packing: `none` puts one document in a row, which every model can train on.
@@ -194,20 +206,33 @@ def check_packing(hf_config: PreTrainedConfig, *, packing: str, device_type: str
     """
     if packing == "none" or not linear_attention_layers(hf_config):
         return
+    carries = f"{hf_config.model_type} has linear attention, which would carry one document of a packed row into the next"
+    if indexed_layers(hf_config):
+        raise ModelError(f"{carries}; use --data.packing none")
     libraries = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
     missing = [name for module, name in libraries.items() if find_spec(module) is None]
     if device_type == "cuda" and not missing:
         return
     needed = "install" if device_type == "cuda" else "train on a GPU with"
     raise ModelError(
-        f"{hf_config.model_type} has linear attention, which would carry one document of a packed row into "
-        f"the next; use --data.packing none, or {needed} {' and '.join(missing or libraries.values())}"
+        f"{carries}; use --data.packing none, or {needed} "
+        f"{' and '.join(missing or libraries.values())}"
     )
 
 
 def grow_vocabulary(hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give added tokens a row where the vocabulary truly lacks it; Qwen's padded rows are used first."""
+    """Give added tokens a row where the vocabulary truly lacks it; Qwen's padded rows are used first.
+
+    Raises:
+        ModelError: the model hashes token ids by the size of the vocabulary, which must stay.
+    """
     if len(tokenizer) > hf_config.vocab_size:
+        if ngram_layers(hf_config):
+            raise ModelError(
+                f"model.add_special_tokens needs {len(tokenizer)} embedding rows, and the model has "
+                f"{hf_config.vocab_size}, by which it hashes n-grams: others would find other "
+                "embeddings; add no tokens"
+            )
         hf_config.vocab_size = _padded(len(tokenizer))
 
 
@@ -216,7 +241,7 @@ def _padded(rows: int) -> int:
 
 
 def build_model(hf_config: PreTrainedConfig, *, attention: str, seed: int | None) -> PackedCausalLM:
-    """The model in fp32, not yet sharded.
+    """The model in fp32, not yet sharded. An indexer is frozen: it hands on indices, which have no gradient.
 
     Args:
         hf_config: transformers' configuration.
@@ -232,6 +257,9 @@ def build_model(hf_config: PreTrainedConfig, *, attention: str, seed: int | None
             attn_implementation=implementation,
             experts_implementation=_experts_implementation(hf_config),
         )
+    for name, parameter in hf.named_parameters():
+        if INDEXER in name:
+            parameter.requires_grad_(False)
     hf.config.use_cache = True  # for generation; training never asks for a cache
     hf.train()
     model = PackedCausalLM(hf)
@@ -250,14 +278,16 @@ def _experts_implementation(hf_config: PreTrainedConfig) -> str | None:
 def materialise(model: PackedCausalLM, device: torch.device) -> None:
     """Allocate a model that was built on the meta device, and rebuild what is not in a checkpoint.
 
-    Parameters are left uninitialised for `load_weights` or `init_weights`; rotary buffers are computed anew; the tie is renewed,
-    since every parameter was replaced.
+    Parameters are left uninitialised for `load_weights` or `init_weights`; buffers, of rotary positions and of hashes, are computed
+    anew; the tie is renewed, since every parameter was replaced.
     """
     model.to_empty(device=device)
     for module in model.modules():
         if "inv_freq" in module._buffers:
             fresh = type(module)(module.config).to(device)  # type: ignore[call-arg]
             module._buffers.update(fresh._buffers)
+        elif "layer_multipliers" in module._buffers:
+            model.hf._init_weights(module)  # fills these buffers, and nothing else of the module
     tie_head(model)
 
 

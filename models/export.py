@@ -25,6 +25,7 @@ from models.build import build_model
 from models.causal_lm import PackedCausalLM
 from models.config import LoraConfig
 from models.errors import ModelError
+from models.layers import ngram_layers
 from models.names import Part, stored_parts
 from models.partial import merged, trained_tokens, write_adapter
 from models.tokenizer import stop_token_ids
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
 
 MAX_SHARD_BYTES = 4 * 2**30
 CARD_FILE = "README.md"
-_CODES = {torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors calls them
+_CODES = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.int64: "I64",
+}  # as safetensors calls them
 _BLOCK_BYTES = 16 * 2**20
 
 
@@ -215,7 +220,8 @@ def write_model_files(
     hf_config.architectures = [type(model.hf).__name__]
     # What it was trained to end a turn with, everywhere a serving engine may look for it.
     stops = stop_token_ids(tokenizer)
-    hf_config.eos_token_id = stops[0]
+    if not ngram_layers(hf_config):  # there it also borders n-grams: it belongs to the weights
+        hf_config.eos_token_id = stops[0]
     hf_config.bos_token_id = None
     hf_config.pad_token_id = tokenizer.pad_token_id
     hf_config.save_pretrained(folder)
@@ -273,7 +279,7 @@ def write_weights(
         folder: exists.
         parts: what is written, by name, from `stored_parts`.
         read: gives one whole parameter; called once for each, in the order of `parts`.
-        dtype: float32 or bfloat16, on disk.
+        dtype: float32 or bfloat16, of weights on disk.
         max_shard_bytes: a new file is begun when one would grow beyond this.
         verify: read each file again, from the disk where the file system lets go of it, and compare the SHA-256 of
             every tensor with that of what was to be written.
@@ -281,7 +287,8 @@ def write_weights(
     Raises:
         ModelError: names the tensors that differ.
     """
-    sizes = {name: part.shape.numel() * dtype.itemsize for name, part in parts.items()}
+    types = {name: part.dtype or dtype for name, part in parts.items()}
+    sizes = {name: part.shape.numel() * types[name].itemsize for name, part in parts.items()}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -298,13 +305,13 @@ def write_weights(
         weight_map.update(dict.fromkeys(names, file))
         digests: dict[str, bytes] = {}
         with (folder / file).open("wb") as stream:
-            stream.write(_header({name: parts[name].shape for name in names}, dtype))
+            stream.write(_header({name: (parts[name].shape, types[name]) for name in names}))
             for name in names:
                 if parts[name].parameter != parameter:
                     parameter = parts[name].parameter
                     del whole  # before there is another
                     whole = read(parameter)
-                data = _bytes_of(parts[name].of(whole).to("cpu", dtype))
+                data = _bytes_of(parts[name].of(whole).to("cpu", types[name]))
                 stream.write(data)
                 if verify:
                     digests[name] = hashlib.sha256(data).digest()
@@ -318,11 +325,11 @@ def write_weights(
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _header(shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> bytes:
+def _header(tensors: Mapping[str, tuple[torch.Size, torch.dtype]]) -> bytes:
     """What a safetensors file begins with: the length of a JSON object, and that object."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in tensors.items():
         begin, end = end, end + shape.numel() * dtype.itemsize
         header[name] = {
             "dtype": _CODES[dtype],

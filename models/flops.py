@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from models.layers import linear_attention_layers, sparse_layers
+from models.layers import indexed_layers, linear_attention_layers, ngram_layers, sparse_layers
 
 
 def training_flops(
@@ -24,6 +24,9 @@ def training_flops(
     Gated DeltaNet counts its short convolution and, whatever way a kernel computes it, the recurrence
     S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t (https://arxiv.org/abs/2412.06464,
     equation 10): three products with a [key width, value width] state per token and value head.
+    Qwen4-Exp's hyper-connections and n-grams count their projections and convolution, its indexer, which has no
+    backward, its projection and one score for each block of tokens; attention then counts as if all tokens were
+    chosen, which is so in documents of up to `indexer_budget` tokens and too much in longer ones.
     The embedding look-up, norms and other elementwise work count nothing.
 
     Args:
@@ -36,6 +39,7 @@ def training_flops(
         adapter_parameters: of low-rank adapters.
     """
     linear, sparse = linear_attention_layers(hf_config), sparse_layers(hf_config)
+    indexed, ngrams = indexed_layers(hf_config), ngram_layers(hf_config)
     # 2 in forward, 2 for the gradient of what goes in, 2 for that of the weight.
     behind = 4 if frozen else 6
     per_token = 6 * adapter_parameters
@@ -48,11 +52,23 @@ def training_flops(
             products = _attention_weights(hf_config)
             product = 2 * _query_width(hf_config) * squared_lengths * 0.5
             scores += (2 if in_front else 6) * product
+        if layer in indexed:
+            width = hf_config.indexer_n_heads * hf_config.indexer_head_dim
+            per_token += 2 * hf_config.hidden_size * (width + hf_config.indexer_head_dim)
+            blocks = squared_lengths * 0.5 / hf_config.indexer_compress_ratio
+            scores += 2 * width * blocks
+        if layer in ngrams:
+            projections, convolution = _ngram_products(hf_config)
+            # Embeddings that are frozen need no gradient.
+            per_token += (2 if in_front or frozen else 6) * projections
+            products += convolution
+        products += 2 * _hyper_connection_weights(hf_config, inject=True)
         if layer in sparse:
             products += _expert_weights(hf_config)
         else:
             products += 3 * hf_config.hidden_size * hf_config.intermediate_size
         per_token += (2 if in_front else behind) * products
+    per_token += behind * _hyper_connection_weights(hf_config, inject=False)
     # A head that is the embedding is frozen with the layers in front.
     head_frozen = frozen or (front_layers > 0 and hf_config.tie_word_embeddings)
     head = (4 if head_frozen else 6) * labels * hf_config.hidden_size * hf_config.vocab_size
@@ -70,6 +86,22 @@ def _attention_weights(hf_config: PreTrainedConfig) -> int:
     key_value = query // hf_config.num_attention_heads * hf_config.num_key_value_heads
     gate = query if hasattr(hf_config, "linear_num_key_heads") else 0
     return hf_config.hidden_size * (2 * query + 2 * key_value + gate)
+
+
+def _hyper_connection_weights(hf_config: PreTrainedConfig, *, inject: bool) -> int:
+    """Of what mixes the streams of a residual into one, and with `inject` weighs what goes back into each; 0 without streams."""
+    streams = getattr(hf_config, "hc_count", 0)
+    if not streams:
+        return 0
+    width = streams * hf_config.hidden_size
+    return width * (2 * hf_config.hc_lowrank + (streams if inject else 0))
+
+
+def _ngram_products(hf_config: PreTrainedConfig) -> tuple[int, int]:
+    """Multiply-adds per token: the projections of the embeddings to keys and a value, and the convolution over tokens."""
+    width = hf_config.hc_count * hf_config.hidden_size
+    projections = hf_config.ple_embed_dim * (width + hf_config.hidden_size)
+    return projections, width * hf_config.ple_conv_kernel_size
 
 
 def _linear_attention_products(hf_config: PreTrainedConfig) -> int:

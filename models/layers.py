@@ -21,6 +21,17 @@ def linear_attention_layers(hf_config: PreTrainedConfig) -> list[int]:
     return [layer for layer, kind in enumerate(types) if kind == "linear_attention"]
 
 
+def indexed_layers(hf_config: PreTrainedConfig) -> list[int]:
+    """The decoder layers, from 0, whose attention sees the tokens that an indexer chooses (Qwen4-Exp)."""
+    types = getattr(hf_config, "layer_types", None) or ()
+    return [layer for layer, kind in enumerate(types) if kind == "indexed_attention"]
+
+
+def ngram_layers(hf_config: PreTrainedConfig) -> list[int]:
+    """The decoder layers, from 0, that look up hashed n-grams of token ids (Qwen4-Exp)."""
+    return [number - 1 for number in getattr(hf_config, "ple_layer_ids", None) or ()]
+
+
 def has_sliding_window(hf_config: PreTrainedConfig) -> bool:
     """Whether a layer attends to the last `sliding_window` tokens only."""
     if types := getattr(hf_config, "layer_types", None):

@@ -1,7 +1,7 @@
 """What a Hugging Face folder calls each tensor, and which part of which parameter of the model it is.
 
-In memory transformers keeps all experts of a layer in one tensor, on the hub each expert has its own; a checkpoint of a
-larger model puts a prefix before the names. Which family does what is read from transformers' own conversion mapping.
+In memory transformers keeps all experts of a layer in one tensor, on the hub each expert has its own; a table of n-grams is
+one tensor here and many there; a checkpoint of a larger model puts a prefix before the names. Which family does what is read from transformers' own conversion mapping.
 
 Shapes: E experts, I width of an expert, D model width.
 """
@@ -35,6 +35,8 @@ class Part:
     """Where it is in the parameter: a slice for each of its dimensions."""
     shape: torch.Size
     """Of the stored tensor. One expert of [E, 2I, D] is stored as [I, D]."""
+    dtype: torch.dtype | None = None
+    """Of integers, which are stored as they are; None of weights."""
 
     def of(self, tensor: Tensor) -> Tensor:
         """The stored tensor, as a view of the whole parameter."""
@@ -68,10 +70,31 @@ def stored_parts(
                 first.replace(backward.target_patterns[0], target)
                 for target in backward.target_patterns
             ]
-            parts |= _fused(name, box, names, converter)
+            match converter.operations:
+                case [Concatenate(dim=0, num_shards_attribute=str(count))] if len(names) == 1:
+                    parts |= _split(name, box, names[0], getattr(hf.config, count))
+                case _:
+                    parts |= _fused(name, box, names, converter)
             break
         else:
-            parts[name] = Part(name, box, tensor.shape)
+            dtype = None if tensor.is_floating_point() else tensor.dtype
+            parts[name] = Part(name, box, tensor.shape, dtype)
+    return parts
+
+
+def _split(parameter: str, box: tuple[slice, ...], name: str, count: int) -> dict[str, Part]:
+    """The parts of a table whose rows are stored in `count` tensors, all of one size but the last.
+
+    Args:
+        name: of each of them, with * for its number.
+    """
+    rows = box[0].stop
+    size = -(-rows // count)
+    parts = {}
+    for number, start in enumerate(range(0, rows, size)):
+        place = slice(start, min(start + size, rows)), *box[1:]
+        shape = torch.Size(side.stop - side.start for side in place)
+        parts[name.replace("*", str(number))] = Part(parameter, place, shape)
     return parts
 
 

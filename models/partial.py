@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from models.build import decoder_layer_classes
+from models.build import INDEXER, decoder_layer_classes
 from models.causal_lm import PackedCausalLM
 from models.config import LoraConfig
 from models.errors import ModelError
@@ -95,7 +95,7 @@ def adapter_targets(model: PackedCausalLM, lora: LoraConfig) -> list[str]:
     """The last parts of the names of the linear layers that get an adapter.
 
     With experts, attention's alone: routed experts are fused into one parameter, and peft would take the names of shared
-    ones for theirs.
+    ones for theirs. An indexer of attention gets no gradient, and no adapter.
 
     Raises:
         ModelError: a name that no linear layer of the decoder layers has.
@@ -109,7 +109,9 @@ def adapter_targets(model: PackedCausalLM, lora: LoraConfig) -> list[str]:
             name.rpartition(".")[2]
             for layer in layers
             for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear) and not (fused and name.startswith("mlp."))
+            if isinstance(module, nn.Linear)
+            and (name.partition(".")[0].endswith("attn") or not fused)
+            and INDEXER not in name
         }
     )
     if lora.targets == ALL_LINEAR:

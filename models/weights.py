@@ -38,7 +38,7 @@ class LoadReport:
 
     loaded: list[str] = field(default_factory=list)
     converted: dict[str, int] = field(default_factory=dict)
-    """Parameters that were put together from several stored tensors (experts), and from how many."""
+    """Parameters that were put together from several stored tensors (experts, tables), and from how many."""
     tied: list[str] = field(default_factory=list)
     """Tensors of the model that are another one; the checkpoint may hold an equal copy."""
     grown: list[str] = field(default_factory=list)
@@ -131,7 +131,8 @@ def load_weights(
 
     Raises:
         ModelError: tensors are missing, left over, quantised or of another shape (all are listed by their names in
-            the folder), a stored head is not the embedding it is tied to, or a file is damaged.
+            the folder), a stored head is not the embedding it is tied to, a stored buffer is not what config.json
+            makes of it, or a file is damaged.
     """
     files = tensor_files(folder)
     stored = _open_tensors(files)
@@ -144,18 +145,27 @@ def load_weights(
     }
     for name in initialised:
         del parameters[name]
-    renaming = Renaming(model.hf, {*stored_parts(model.hf, parameters), *parameters, *ties})
+    kept = model.hf.state_dict()
+    computed = {name: buffer for name, buffer in model.hf.named_buffers() if name in kept}
+    renaming = Renaming(
+        model.hf, {*stored_parts(model.hf, parameters), *parameters, *ties, *computed}
+    )
     ours = {renaming.known_as(name): name for name in stored}
     # A parameter that is there under its own name is taken as it is, whatever its family does on the hub.
     parts = stored_parts(model.hf, parameters, whole=ours.keys())
     wanted = {ours[name]: part for name, part in parts.items() if name in ours}
+    there = {ours[name]: buffer for name, buffer in computed.items() if name in ours}
     rest = set(stored) - wanted.keys() - {ours[name] for name in ties if name in ours}
     ignored = [_COMPUTED, *(model.hf._keys_to_ignore_on_load_unexpected or ())]
     unused = {name for name in rest if any(re.search(pattern, name) for pattern in ignored)}
+    unused |= there.keys()
     report, reshaped, quantised = _account(wanted, stored, parameters)
     faults = {
         "missing": sorted(renaming.stored_as(parts.keys() - ours.keys())),
         "unexpected": sorted(rest - unused),
+        "other numbers than config.json gives:": sorted(
+            name for name, buffer in there.items() if stored[name][:].tolist() != buffer.tolist()
+        ),
         "tensors of another shape:": reshaped,
         "quantised, which cannot be trained:": quantised,
     }
@@ -192,7 +202,7 @@ def open_parameters(
         ModelError: a tensor is missing.
     """
     stored = _open_tensors(tensor_files(folder))
-    parameters = export_tensors(model)
+    parameters = named_tensors(dict(model.hf.named_parameters()))
     renaming = Renaming(model.hf, {*stored_parts(model.hf, parameters), *parameters})
     ours = {renaming.known_as(name): name for name in stored}
     parts = stored_parts(model.hf, parameters, whole=ours.keys())

@@ -481,6 +481,15 @@ def _check_numbers(config: TrainConfig, values: Mapping[str, Any]) -> None:
         0 <= config.schedule.min_ratio <= 1,
         f"--schedule.min_ratio must be between 0 and 1, got {config.schedule.min_ratio}",
     )
+    steps = config.log.profile
+    _require(
+        steps is None
+        or (
+            re.fullmatch(r"[1-9][0-9]*(-[1-9][0-9]*)?", steps) is not None
+            and len(config.log.profiled_steps) > 0
+        ),
+        f"--log.profile must be a step or the first and the last of some, such as 10-12, got {steps!r}",
+    )
     for name in ("schedule.decay_pct", "data.max_bad_rows_pct"):
         _require(
             0 <= values[name] <= 100, f"--{name} must be between 0 and 100, got {values[name]}"

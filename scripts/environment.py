@@ -138,6 +138,8 @@ def _quiet_libraries() -> None:
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # torch's profiler says on stderr that it begins and ends, on its highest level.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # Threads of the tokenizer do not survive the fork of a worker process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():

@@ -15,7 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from data.config import source_configs
 from data.ledger import Ledger
 from data.mixture import Mixture
+from models.build import INDEXER
 from models.causal_lm import PackedCausalLM
+from models.layers import indexed_layers
 from models.partial import adapted, trained_tokens
 from models.weights import LoadReport
 from scripts.command_line import printable, to_yaml
@@ -53,6 +55,7 @@ def header(
         "model": f"{config.model.name or config.model.path or 'built-in Qwen3'}, "
         f"{human(parameters)} parameters, {weights or 'random weights'}",
         **({"trained": trained_line(model, config)} if trains_part(config) else {}),
+        **({"frozen": line} if (line := frozen_line(model)) else {}),
         **(
             {"data": f"{job.prepared['stream']['name']}, read while training"}
             if mixture is None
@@ -101,6 +104,18 @@ def trained_line(model: PackedCausalLM, config: TrainConfig) -> str:
         what = f"{which}, final norm{'' if model.hf.config.tie_word_embeddings else ', head'}"
     share = 100 * trained / parameters
     return f"{human(trained)} of {human(parameters)} parameters ({share:.2g} %): {what}"
+
+
+def frozen_line(model: PackedCausalLM) -> str:
+    """What no flag can train; empty where there is no such thing."""
+    layers = len(indexed_layers(model.hf.config))
+    count = sum(p.numel() for name, p in model.named_parameters() if INDEXER in name)
+    return (
+        f"the indexers of {layers} attention layers ({human(count)} parameters): they choose tokens, "
+        "which has no gradient"
+        if layers
+        else ""
+    )
 
 
 def parameter_counts(model: PackedCausalLM) -> tuple[int, int]:

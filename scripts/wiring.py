@@ -44,7 +44,7 @@ from scripts.modelling import (
     save_model_files,
     training_loss,
 )
-from scripts.partial import flops_of_part, part_record
+from scripts.partial import flops_of_part, part_record, trains_part
 from scripts.preparation import (
     open_mixture,
     pin_revisions,
@@ -65,6 +65,7 @@ from trainer.optimizer import build_optimizer, learning_rate_at, state_bytes
 from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
 from trainer.preemption import Stopped, StopRequest, end_stopped_siblings
+from trainer.profiling import StepProfiler
 from trainer.watchdog import Watchdog
 
 Say = Callable[[str], None]
@@ -219,6 +220,7 @@ def _assemble(job: Job, at_end: ExitStack) -> _Pieces:
         optimizer,
         config.checkpoint,
         store=open_mirror(config),
+        save_frozen=not trains_part(config),
     )
     at_end.callback(checkpointer.close)
     settings = lasting_settings(job, mixture, tokenizer, model, steps)
@@ -280,6 +282,12 @@ def _train(
             job.output_dir, config.log, is_first=ranks.is_first, steps=steps, step=progress.step
         ) as writer,
         Watchdog(config.guards.hang_seconds, job.output_dir, job.attempt) as watchdog,
+        StepProfiler(
+            config.log.profiled_steps if not config.dry_run else range(0),
+            job.output_dir / "profile",
+            rank=ranks.rank,
+            device=device,
+        ) as profiler,
         job.stop.deferred(),
     ):
 
@@ -297,12 +305,14 @@ def _train(
 
         def advance(step: int, seconds: float, data_wait_seconds: float) -> None:
             writer.advance()
+            profiler.advance(step)
             goodput.step(step, seconds, data_wait_seconds)
 
         if progress.step == 0:
             before = evaluate(0)
         if progress.step >= steps and was_preempted:  # maybe before its last evaluation
             after = evaluate(progress.step)
+        profiler.advance(progress.step)
         finished = train(
             model,
             run.optimizer,

@@ -53,8 +53,6 @@ from trainer.manifest import (
 from trainer.unpickle import SafeReader, read_metadata, tensor_entries
 
 T = TypeVar("T")
-# What is frozen is not saved; `_misfit` refuses a checkpoint that lacks something else.
-_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Store(Protocol):
@@ -82,6 +80,7 @@ class Checkpointer:
         optimizer: over its parameters.
         config: what is kept, and how.
         store: holds a copy of every checkpoint.
+        save_frozen: also what is not trained; else that comes from where it came from before.
     """
 
     def __init__(
@@ -92,11 +91,14 @@ class Checkpointer:
         config: CheckpointConfig,
         *,
         store: Store | None = None,
+        save_frozen: bool = False,
     ) -> None:
         self.folder = folder
         self._model = model
         self._optimizer = optimizer
         self._config = config
+        # `_misfit` refuses a checkpoint that lacks something else than what is frozen.
+        self._options = StateDictOptions(ignore_frozen_params=not save_frozen, strict=False)
         self._store = store
         self._url = store.url if store else None
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -375,7 +377,7 @@ class Checkpointer:
             self._optimizer,
             model_state_dict=model_state,
             optim_state_dict=optimizer_state,
-            options=_TRAINED,
+            options=self._options,
         )
         if len(state["rng_states"]) == self._world_size:
             _set_random(state["rng_states"][self._rank])
@@ -389,7 +391,9 @@ class Checkpointer:
         Raises:
             TrainError: something is neither a tensor nor what JSON can hold.
         """
-        states: tuple[Any, Any] = get_state_dict(self._model, self._optimizer, options=_TRAINED)
+        states: tuple[Any, Any] = get_state_dict(
+            self._model, self._optimizer, options=self._options
+        )
         model_state, optimizer_state = states
         # A tied parameter has several names and is stored under the first.
         named = list(self._model.named_parameters(remove_duplicate=False))

@@ -185,6 +185,14 @@ class LogConfig:
     progress: bool = True
     """Show a progress bar on rank 0."""
 
+    profile: str | None = None
+    """Steps to trace with torch's profiler, such as 10-12: OUTPUT_DIR/profile gets a trace, a table of operations and on a GPU the history of its memory, of each rank."""
+
+    @property
+    def profiled_steps(self) -> range:
+        first, _, last = (self.profile or "1-0").partition("-")
+        return range(int(first), int(last or first) + 1)
+
 
 @dataclass(frozen=True)
 class GuardConfig:

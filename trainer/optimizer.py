@@ -36,7 +36,7 @@ def build_optimizer(
     Args:
         model: sharded or plain; parameters with `requires_grad` are trained.
         config: the user's choices.
-        layer_classes: the decoder layers, whose matrices Muon updates; AdamW updates everything else.
+        layer_classes: the decoder layers, whose matrices Muon updates but embeddings; AdamW updates everything else.
         embedding: the parameter whose rate is multiplied by `embedding_lr_ratio`.
         head: likewise by `head_lr_ratio`; where it is the embedding, the embedding's ratio counts.
 
@@ -51,7 +51,9 @@ def build_optimizer(
         id(parameter)
         for layer in model.modules()
         if isinstance(layer, tuple(layer_classes))
-        for parameter in layer.parameters()
+        for module in layer.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
         if parameter.ndim == 2 and config.name == "muon"
     }
     ratios = {"embedding": config.embedding_lr_ratio, "head": config.head_lr_ratio, "other": 1.0}

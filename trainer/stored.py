@@ -40,7 +40,7 @@ class StoredTensors:
         return {name: entry.size for name, entry in self._entries.items()}
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One whole parameter on the CPU, put together from the parts that ranks have written.
+        """One whole parameter, or buffer of integers, on the CPU, put together from the parts that ranks have written.
 
         Memory: the tensor in `dtype` and one of its parts; in the stored type a single part is not copied.
 
@@ -48,6 +48,8 @@ class StoredTensors:
             TrainError: a part is damaged, or no tensor.
         """
         entry = self._entries[name]
+        if not entry.properties.dtype.is_floating_point:
+            dtype = entry.properties.dtype
         if len(entry.chunks) == 1:
             return self._read_part(name, entry.chunks[0].offsets).to(dtype)
         whole = torch.empty(entry.size, dtype=dtype)

@@ -25,6 +25,7 @@ from models.errors import ModelError
 from models.weights import load_weights
 from tests.support.models import (
     VOCABULARY,
+    attention_of,
     packed_batch,
     random_documents,
     save_checkpoint,
@@ -93,8 +94,6 @@ def test_an_override_of_an_unknown_key_is_refused(
         ("[1]", "not a model configuration"),
         ("{}", "not a model configuration"),
         ('{"model_type": "llama"}', "model_type 'llama'; this trainer knows qwen2, qwen2_moe, "),
-        ('{"model_type": "qwen4_exp", "text_config": {}}', "'qwen4_exp': the indexer .* no grad"),
-        ('{"model_type": "qwen4_exp_text"}', "'qwen4_exp_text': .* take a model of another family"),
     ],
 )
 def test_S04_a_folder_that_is_no_known_model_is_refused(
@@ -132,24 +131,40 @@ def test_a_window_without_layer_types_is_found(
     assert read_model_config(ModelConfig(attention="sdpa"), tmp_path, tokenizer).sliding_window == 4
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_an_indexer_needs_sdpa_and_its_budget(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = tiny_config("qwen4_exp_text")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"--model\.attention sdpa --data\.packing none$"):
+        read_model_config(ModelConfig(), tmp_path, tokenizer)
+    read = read_model_config(ModelConfig(attention="sdpa"), tmp_path, tokenizer)
+    assert read.layer_types == ["linear_attention", "indexed_attention"]
+    # transformers accepts a configuration without an indexer and cannot build its model.
+    (tmp_path / "config.json").write_text('{"model_type": "qwen4_exp", "text_config": {}}')
+    with pytest.raises(ModelError, match=r"config.json has layers .* and no indexer_budget"):
+        read_model_config(ModelConfig(attention="sdpa"), tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"])
 def test_a_vision_language_configuration_gives_its_text_model(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str
 ) -> None:
-    text = tiny_config(kind, tied=False).to_dict()
+    text, attention = tiny_config(kind, tied=False).to_dict(), attention_of(kind)
     for outside, inside in ((True, False), (False, True), (False, False), (None, True)):
         values = {"model_type": kind.removesuffix("_text"), "vision_config": {"depth": 1}}
         values["text_config"] = text | {"tie_word_embeddings": inside}
         if outside is not None:
             values["tie_word_embeddings"] = outside
         (tmp_path / "config.json").write_text(json.dumps(values))
-        config = read_model_config(ModelConfig(), tmp_path, tokenizer)
+        config = read_model_config(ModelConfig(attention=attention), tmp_path, tokenizer)
         assert type(config) is CONFIG_CLASSES[kind]
         assert config.tie_word_embeddings == bool(outside or inside)
     assert config.layer_types == text["layer_types"] and config.hidden_size == 32
-    deeper = ModelConfig(init="random", overrides={"num_hidden_layers": 5})
+    deeper = ModelConfig(init="random", overrides={"num_hidden_layers": 5}, attention=attention)
     config = read_model_config(deeper, tmp_path, tokenizer)
-    assert config.layer_types == [*["linear_attention"] * 3, "full_attention", "linear_attention"]
+    linear, (other,) = "linear_attention", set(text["layer_types"]) - {"linear_attention"}
+    assert config.layer_types == [linear, linear, linear, other, linear]
 
 
 def test_the_weight_of_the_balancing_loss(
@@ -187,6 +202,21 @@ def test_the_vocabulary_grows_only_when_it_must(tokenizer: PreTrainedTokenizerFa
     config.vocab_size -= 1
     grow_vocabulary(config, tokenizer)
     assert config.vocab_size >= len(tokenizer) and config.vocab_size % 64 == 0
+    hashed = tiny_config("qwen4_exp_text", vocab_size=len(tokenizer))
+    grow_vocabulary(hashed, tokenizer)
+    hashed.vocab_size -= 1
+    with pytest.raises(ModelError, match=r"hashes n-grams: .* add no tokens$"):
+        grow_vocabulary(hashed, tokenizer)
+
+
+def test_what_gets_no_gradient_is_frozen_and_all_else_gets_one() -> None:
+    for kind in CONFIG_CLASSES:
+        model = build_model(tiny_config(kind), attention="sdpa", seed=0)
+        model(packed_batch([random_documents([24])], 24)).logsumexp(-1).sum().backward()
+        without = {name for name, p in model.named_parameters() if p.grad is None}
+        assert without == {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert bool(without) == (kind == "qwen4_exp_text")
+        assert all("indexer" in name for name in without)
 
 
 def test_random_weights_depend_on_the_seed_alone() -> None:

@@ -17,6 +17,7 @@ KINDS = ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"]  # softmax attention in eve
 LINEAR = ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"]
 ATTENTIONS = ["packed", "sdpa"]
 EACH = list(itertools.product(KINDS, ATTENTIONS))
+EACH_LINEAR = [*itertools.product(LINEAR, ATTENTIONS), ("qwen4_exp_text", "sdpa")]
 
 
 def _logits(model: PackedCausalLM, rows: list[list[Tensor]], seq_len: int, **options) -> Tensor:
@@ -62,7 +63,7 @@ def test_no_document_and_no_padding_is_seen_by_another(kind: str, attention: str
     assert (before[1, 3:9] - after[1, 3:9]).abs().amax(-1).min() > 1e-3
 
 
-@pytest.mark.parametrize(("kind", "attention"), list(itertools.product(LINEAR, ATTENTIONS)))
+@pytest.mark.parametrize(("kind", "attention"), EACH_LINEAR)
 def test_linear_attention_sees_one_document_a_row(kind: str, attention: str) -> None:
     """A row's document has the logits it has alone, whatever is padded behind it and whatever other rows hold."""
     model = tiny_model(kind, attention=attention).eval()
@@ -108,7 +109,9 @@ def test_loss_and_gradients_are_those_of_transformers(
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"])
+@pytest.mark.parametrize(
+    "kind", ["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "qwen4_exp_text"]
+)
 def test_the_loss_of_routed_experts_is_that_of_transformers(kind: str) -> None:
     options = {"router_aux_loss_coef": 0.5, "moe_intermediate_size": 16}
     model = tiny_model(kind, **options)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.build import CONFIG_CLASSES
 from models.flops import training_flops
-from models.layers import linear_attention_layers
+from models.layers import indexed_layers, linear_attention_layers, ngram_layers
 from tests.support.models import tiny_config, tiny_model
 
 S = 48
@@ -39,6 +39,11 @@ def test_equal_to_counted_matrix_products(
         by_hand = 18 * layers * S * value * config.linear_key_head_dim
         # The counter takes the backward of a convolution by channel for a full one.
         by_hand += 6 * layers * S * (2 * key + value) * config.linear_conv_kernel_dim
+    for _ in ngram_layers(config):
+        by_hand += 6 * S * config.hc_count * config.hidden_size * config.ple_conv_kernel_size
+    for _ in indexed_layers(config):  # scores of the blocks that are complete, and of no others
+        ratio, width = config.indexer_compress_ratio, config.indexer_n_heads * 8
+        by_hand += 2 * width * (S**2 / ratio - sum(end // ratio for end in range(1, S + 1)))
     ids = torch.randint(2, 90, (1, S))
     # The math kernel is made of matrix products; the fused ones are not counted on CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

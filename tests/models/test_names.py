@@ -34,6 +34,7 @@ from models.build import CONFIG_CLASSES, build_model, decoder_layer_classes, mat
 from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
 from models.export import export_model, staged, write_model_files
+from models.layers import sparse_layers
 from models.names import stored_parts
 from models.weights import LoadReport, export_tensors, init_weights, load_weights
 from scripts import export
@@ -46,7 +47,7 @@ from trainer.parallel import build_mesh, parallelise
 CPU = torch.device("cpu")
 FP32 = ParallelConfig(param_dtype="float32")
 FAMILIES = [kind for kind in CONFIG_CLASSES if kind not in ("qwen2", "qwen3")]  # test_sharded.py
-EXPERTS = [kind for kind in CONFIG_CLASSES if "moe" in kind or kind == "qwen3_next"]
+EXPERTS = [kind for kind in CONFIG_CLASSES if sparse_layers(tiny_config(kind))]
 TOKENS = torch.arange(2, 14)[None]
 
 
@@ -106,7 +107,9 @@ def _load_and_write(folders: dict[str, Path], tokenizer_folder: Path, out: Path)
         _assert_equal(drawn, dict(_random(kind).hf.named_parameters()))
         load_weights(model, folder)
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpointer = Checkpointer(out / "run" / "checkpoints", model, optimizer, CheckpointConfig())
+    checkpointer = Checkpointer(
+        out / "run" / "checkpoints", model, optimizer, CheckpointConfig(), save_frozen=True
+    )
     checkpointer.save(1, {})
     checkpointer.wait()
     if is_writer:

@@ -33,6 +33,7 @@ from models.partial import (
 )
 from models.weights import load_weights
 from tests.support.models import (
+    attention_of,
     full,
     packed_batch,
     random_documents,
@@ -52,7 +53,7 @@ ADAMW = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0, max_grad_norm=0.0)
 
 
 def _empty(kind: str = "qwen3", **changes: Any) -> PackedCausalLM:
-    return build_model(tiny_config(kind, **changes), attention="packed", seed=None)
+    return build_model(tiny_config(kind, **changes), attention=attention_of(kind), seed=None)
 
 
 def test_targets_are_the_linear_layers_by_name() -> None:
@@ -181,7 +182,8 @@ def _open(
 ) -> PackedCausalLM:
     hf_config, tokens = AutoConfig.from_pretrained(folder), _tokens(folder.name)
     hf_config.vocab_size = GROWN if tokens else hf_config.vocab_size
-    model = build_model(hf_config, attention="packed", seed=None)
+    attention = attention_of(hf_config.model_type)
+    model = build_model(hf_config, attention=attention, seed=None)
     dtype = DTYPES[config.param_dtype]
     freeze(model, lora, last_layers=last_layers, dtype=dtype, tokens=tokens)
     parallelise(

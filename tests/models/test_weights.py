@@ -156,6 +156,16 @@ def test_a_stored_head_must_be_the_embedding_it_is_tied_to(tmp_path: Path) -> No
     _refused(tmp_path, "lm_head.weight is not model.embed_tokens.weight", "tie_word_embeddings")
 
 
+def test_stored_hashes_must_be_those_of_the_configuration(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "qwen4_exp_text")
+    report = load_weights(_empty("qwen4_exp_text"), tmp_path)
+    hashes = "model.layers.0.ple.ple_embedding"
+    assert report.converted[f"{hashes}.ngram_embedding.weight"] == 3
+    assert len(report.unused) == 3 and all(name.startswith(hashes) for name in report.unused)
+    with pytest.raises(ModelError, match=rf"than config.json gives: {hashes}.layer_multipliers$"):
+        load_weights(_empty("qwen4_exp_text", seed=5), tmp_path)
+
+
 def test_a_file_with_more_than_its_header_says_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path)
     with (tmp_path / SINGLE_FILE).open("ab") as file:

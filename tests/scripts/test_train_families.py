@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data.embedded import build_tokenizer
+from scripts import export
 from tests.support.job import EXACT, load_export, losses, read_rows, train
 from tests.support.models import save_checkpoint
 from tests.support.tiny import VOCABULARY, write_chat
@@ -75,6 +78,51 @@ def test_linear_attention_and_experts_from_a_vision_language_folder_to_an_export
     assert config["model_type"] == "qwen3_5_moe_text" and config["router_aux_loss_coef"] == 0.1
     with torch.no_grad():
         assert bool(exported(input_ids=torch.arange(5, 30)[None]).logits.isfinite().all())
+
+
+@pytest.mark.slow
+def test_an_indexer_stays_as_it_was_in_checkpoints_and_exports(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    """Qwen4-Exp: refused packed; Muon, recomputed layers, dry run, resume and both ways to an export."""
+    chat = write_chat(tmp_path / "chat.jsonl", count=8)
+    model = _write_model(tmp_path / "model", "qwen4_exp_text")
+    run = partial(train, cache_dir=cache_dir)
+    for flags, line in (
+        ([], "which needs --model.attention sdpa --data.packing none"),
+        (["--model.attention=sdpa"], "next; use --data.packing none"),
+    ):
+        result = run(_flags(model, chat, *flags), output_dir=tmp_path / "refused")
+        assert result.returncode == 1 and result.stderr.strip().endswith(line)
+
+    flags = _flags(
+        model,
+        chat,
+        "--model.attention=sdpa",
+        "--data.packing=none",
+        "--optimizer.name=muon",
+        "--parallel.activation_checkpointing=full",
+        "--checkpoint.every=2",
+    )
+    tried = run([*flags, "--dry_run"], output_dir=tmp_path / "tried")
+    assert tried.returncode == 0 and "equal in every bit" in tried.stdout, tried.output
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    result = run(flags, output_dir=whole)
+    assert result.returncode == 0, result.output
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("frozen ")]
+    assert "the indexers of 1 attention layers (784 parameters)" in line
+    resumed = run([*flags, f"--resume={whole}/checkpoints/step-00000002"], output_dir=again)
+    assert resumed.returncode == 0, resumed.output
+    assert losses(again) == losses(whole)[-1:]
+    assert export.main([str(again), str(tmp_path / "exported"), "--dtype=float32"]) == 0
+
+    before = load_file(model / "model.safetensors")
+    after = [load_file(f / "model.safetensors") for f in (whole / "export", tmp_path / "exported")]
+    assert before.keys() == after[0].keys() == after[1].keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[0][name], after[1][name])
+        kept = "indexer" in name or tensor.dtype == torch.int64
+        assert torch.equal(after[0][name], tensor) == kept, name
 
 
 @pytest.mark.slow

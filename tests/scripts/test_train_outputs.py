@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             f"--steps={_STEPS}",
             *EXACT,
             "--log.tensorboard=true",
+            "--log.profile=2-3",
         ],
         cache_dir=folder / "cache",
         output_dir=folder / "out",
@@ -92,6 +94,7 @@ def test_the_folder_holds_what_was_promised(run: Run) -> None:
         "goodput.jsonl",
         "metrics.jsonl",
         "model",
+        "profile",
         "run.json",
         "tensorboard",
     ]
@@ -102,6 +105,18 @@ def test_the_folder_holds_what_was_promised(run: Run) -> None:
     assert described["mesh"] == {"dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1}
     assert described["precision"]["compute and all-gather"] == "float32"
     assert described["model"]["commit"] is None
+
+
+def test_the_chosen_steps_were_traced_on_every_rank(run: Run) -> None:
+    folder = run.output_dir / "profile"
+    names = [f"rank-{rank}.{kind}" for rank in (0, 1) for kind in ("json.gz", "txt")]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for rank in (0, 1):
+        trace = json.loads(gzip.decompress((folder / f"rank-{rank}.json.gz").read_bytes()))
+        events = [event.get("name", "") for event in trace["traceEvents"]]
+        assert sum(name.startswith("Optimizer.step") for name in events) == 2
+        assert any(name.startswith("FSDP::all_gather") for name in events)
+        assert "aten::mm" in (folder / f"rank-{rank}.txt").read_text()
 
 
 def test_metrics_have_every_key(run: Run) -> None:

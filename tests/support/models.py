@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from models.build import CONFIG_CLASSES, build_model
 from models.causal_lm import PackedCausalLM
+from models.layers import indexed_layers
 
 IGNORE_INDEX = -100
 VOCABULARY = 97  # odd: no world size divides it
@@ -56,6 +57,22 @@ def tiny_config(kind: str = "qwen3", *, tied: bool = True, **changes: Any) -> Pr
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 8,
         }
+    if "ple_layer_ids" in known:
+        values |= {
+            "hc_count": 2,
+            "hc_lowrank": 8,
+            "ple_layer_ids": [1],
+            "ple_embed_dim": 16,
+            "heads_per_ngram": 2,
+            "ngram_vocab_size_base": 50,
+            "make_ngram_vocab_size_divisible_by": 16,
+            "split_ngram_parts": 3,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+        }
     return config_class(**{**values, **changes})
 
 
@@ -63,17 +80,23 @@ def tiny_model(
     kind: str = "qwen3",
     *,
     tied: bool = True,
-    attention: str = "packed",
+    attention: str | None = None,
     seed: int = 0,
     **changes: Any,
 ) -> PackedCausalLM:
-    """A model with weights, the same for the same arguments; biases and norms are not trivial."""
-    model = build_model(tiny_config(kind, tied=tied, **changes), attention=attention, seed=seed)
+    """A model with weights, the same for the same arguments; biases, norms and convolutions are not trivial."""
+    hf_config = tiny_config(kind, tied=tied, **changes)
+    model = build_model(hf_config, attention=attention or attention_of(kind), seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or not parameter.any():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def attention_of(kind: str) -> str:
+    """The attention that a family is trained with."""
+    return "sdpa" if indexed_layers(tiny_config(kind)) else "packed"
 
 
 def save_checkpoint(

@@ -182,9 +182,13 @@ def test_muon_leaves_what_is_no_matrix_and_what_is_no_layer() -> None:
     model = tiny_model()
     layer = model.hf.base_model.layers[0]
     layer.experts = nn.Parameter(torch.zeros(2, 3, 4))
+    layer.table = nn.Embedding(3, 4)
     model.outside = nn.Parameter(torch.zeros(3, 4))
     found = _groups(model, name="muon")
-    assert not found["hf.model.layers.0.experts"][0] and not found["outside"][0]
+    assert not any(
+        found[name][0]
+        for name in ("hf.model.layers.0.experts", "hf.model.layers.0.table.weight", "outside")
+    )
     layers = model.hf.base_model.layers
     for parameter in layers.parameters():
         parameter.requires_grad_(False)
