@@ -203,9 +203,9 @@ def _load_text_tokenizer(serialised: str) -> TextTokenizer:
 
 
 def refuse_broken(row: Row) -> None:
-    """Raise Unusable for a line that could not be read."""
+    """Raise Unusable for what only stands for a row: a line that could not be read, a row that is left out."""
     if isinstance(row, BrokenRow):
-        raise Unusable("the line is not a JSON object")
+        raise Unusable(row.reason)
 
 
 class TextTokenizer:

@@ -25,7 +25,7 @@ class DataConfig:
     """Folder or URL of tokens made by scripts/prepare_data.py --output, instead of rows."""
 
     sources: tuple[dict[str, Any], ...] = ()
-    """Several sources instead of one: a list of {name, path or prepared, and weight, subset, split, revision, format, train_on or expand_turns}."""
+    """Several sources instead of one: a list of {name, path or prepared, and weight, subset, split, revision, format, transform, train_on or expand_turns}."""
 
     mix_by: Literal["tokens", "rows"] = "tokens"
     """What the weights of sources are shares of. Without weights every row is seen once per epoch."""
@@ -43,6 +43,9 @@ class DataConfig:
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenised"
     ] = "auto"
     """What the columns mean (docs/data.md); auto tells it by their names."""
+
+    transform: str | None = None
+    """Own change of every row, as package.function: a function of (row) that returns the row to use, or None to leave it out (docs/extend.md)."""
 
     train_on: Literal["all", "last"] = "all"
     """Assistant turns that are trained on: all, or the last of each conversation; never one whose message has "train": false."""
@@ -82,7 +85,8 @@ class DataConfig:
 
 
 SOURCE_KEYS = (
-    "name", "path", "prepared", "subset", "split", "revision", "format", "train_on", "expand_turns"
+    "name", "path", "prepared", "subset", "split", "revision", "format", "transform",
+    "train_on", "expand_turns"
 )  # fmt: skip
 """What an entry of `sources` may set for itself, beside its weight."""
 

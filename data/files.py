@@ -303,6 +303,8 @@ class BrokenLine(DataError):
 class BrokenRow(Row):
     """What stands for a broken line where those are left out: a row without columns."""
 
+    reason = "the line is not a JSON object"
+
 
 class JsonLines(Sequence[Row]):
     """Rows of files with one JSON object per line, parsed when they are asked for.

@@ -9,6 +9,7 @@ import numpy as np
 
 from data.errors import DataError
 
+FILTERED = "left out by data.transform"  # as a reason; not a fault of the row
 _EXAMPLES_SHOWN = 5  # row numbers kept for each reason
 
 
@@ -80,15 +81,17 @@ class Ledger:
             mine["first"] = (mine["first"] + entry["first"])[:_EXAMPLES_SHOWN]
 
     def check(self, name: str, total_rows: int, max_bad_rows_pct: float) -> None:
-        """Raise DataError if more than `max_bad_rows_pct` of `total_rows` are excluded."""
-        if self.excluded_rows <= total_rows * max_bad_rows_pct / 100:
+        """Raise DataError if more than `max_bad_rows_pct` of `total_rows` are excluded, but for what a transform leaves out."""
+        bad = {reason: entry for reason, entry in self.excluded.items() if reason != FILTERED}
+        bad_rows = sum(entry["rows"] for entry in bad.values())
+        if bad_rows <= total_rows * max_bad_rows_pct / 100:
             return
         reasons = "; ".join(
             f"{entry['rows']} {reason} (rows {', '.join(map(str, entry['first']))})"
-            for reason, entry in sorted(self.excluded.items(), key=lambda item: -item[1]["rows"])
+            for reason, entry in sorted(bad.items(), key=lambda item: -item[1]["rows"])
         )
         raise DataError(
-            f"{name}: {self.excluded_rows} of {total_rows} rows cannot be used so far, more than "
+            f"{name}: {bad_rows} of {total_rows} rows cannot be used so far, more than "
             f"data.max_bad_rows_pct={max_bad_rows_pct:g}: {reasons}; mend the rows or raise the limit"
         )
 

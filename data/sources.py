@@ -472,7 +472,7 @@ def _explain_hub_error(
         needed = None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             with suppress(Exception):  # the hub may be gone by now; the line is worth more
-                needed = _bytes_to_fetch(name, revision, cache_dir)
+                needed = bytes_to_fetch(name, revision, cache_dir)
         return explain_os_error(error, cache_dir, needed)
     if "Connect" in type(error).__name__:
         return f"{what}: the hub did not answer ({one_line(error)}); run with a network"
@@ -501,7 +501,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _bytes_to_fetch(name: str, revision: str | None, cache_dir: Path) -> int:
+def bytes_to_fetch(name: str, revision: str | None, cache_dir: Path) -> int:
     """Bytes of the files that the hub lists and the cache lacks."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile

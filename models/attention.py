@@ -17,6 +17,9 @@ from models.context_parallel import heads_for_tokens, tokens_for_heads
 
 PACKED_ATTENTION = "packed_documents"
 
+# Tokens from which a document is attended to by itself; a power of two.
+_LONG_DOCUMENT = 128
+
 
 def packed_attention(
     module: nn.Module,
@@ -89,31 +92,48 @@ def _attention_per_document(
 ) -> Tensor:
     """SDPA inside each document. Shapes: query [T, N, H], key and value [T, K, H] -> [T, N, H].
 
-    Documents whose lengths share a power of two run as one call, padded behind their last token, where causal
-    attention does not look. A call per document would be many small ones for a row of short documents.
+    A long document is a call on a slice. Short ones, of which a call each would be many small ones, run together where
+    their lengths share a power of two, padded behind their last token, where causal attention does not look.
     """
-    groups = query.shape[1] // key.shape[1]
+    groups, dtype = query.shape[1] // key.shape[1], query.dtype
     if groups > 1:  # the CPU's flash kernel does not share keys among heads
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if (
+        query.device.type == "cpu"
+    ):  # whose kernel takes many times as long for the gradients of bf16
+        query, key, value = query.float(), key.float(), value.float()
     offsets = document_offsets.cpu()
     starts, lengths = offsets[:-1], offsets.diff()
     outputs, places = [], []
-    for size in (2**power for power in range(query.shape[0].bit_length())):
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        if length >= _LONG_DOCUMENT:
+            document = (
+                x[start : start + length].transpose(0, 1).unsqueeze(0) for x in (query, key, value)
+            )
+            output = F.scaled_dot_product_attention(
+                *document, is_causal=True, scale=scaling, dropout_p=dropout
+            )
+            outputs.append(output.squeeze(0).transpose(0, 1))
+            places.append(torch.arange(start, start + length))
+    for size in (2**power for power in range(_LONG_DOCUMENT.bit_length() - 1)):
         chosen = (lengths >= size) & (lengths < 2 * size)
         if not chosen.any():
             continue
         start, length = starts[chosen].unsqueeze(1), lengths[chosen].unsqueeze(1)
         column = torch.arange(int(length.max())).unsqueeze(0)
         inside = column < length
-        token = torch.where(inside, start + column, start).to(query.device)  # padding: any token
-        padded = (x[token].transpose(1, 2) for x in (query, key, value))
+        token = torch.where(inside, start + column, start)  # padding: any token
+        on_device = token.to(query.device)
+        padded = (x[on_device].transpose(1, 2) for x in (query, key, value))
         output = F.scaled_dot_product_attention(
             *padded, is_causal=True, scale=scaling, dropout_p=dropout
         )
-        inside = inside.to(query.device)
-        outputs.append(output.transpose(1, 2)[inside])
+        outputs.append(output.transpose(1, 2)[inside.to(query.device)])
         places.append(token[inside])
-    return torch.cat(outputs)[torch.cat(places).argsort()]
+    output, place = torch.cat(outputs), torch.cat(places)
+    if bool((place.diff() != 1).any()):  # without short documents they are in order already
+        output = output[place.argsort().to(output.device)]
+    return output.to(dtype)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -43,6 +43,9 @@ class ModelConfig:
     attention: Literal["packed", "sdpa"] = "packed"
     """packed: variable-length kernel on CUDA, document by document on CPU; sdpa: PyTorch SDPA with a dense mask."""
 
+    function: str | None = None
+    """Own change of the model, as package.function: a function of (model), called before it is sharded and filled with weights (docs/extend.md)."""
+
     router_aux_loss_coef: float | None = None
     """Weight of the loss that balances the experts of a mixture of experts; default: config.json's."""
 

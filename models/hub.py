@@ -51,7 +51,7 @@ def fetch_model(
     if revision and not _is_revision(revision):
         raise ModelError(f"model.revision {revision!r} is not the name of a branch, tag or commit")
     hub = Path(cache_dir, "hub").absolute()
-    path = _snapshot(name, revision, hub, _patterns(only_tokenizer))
+    path = snapshot(name, revision, hub, _patterns(only_tokenizer))
     missing = _missing_files(path, only_tokenizer)
     if missing:
         raise ModelError(
@@ -151,7 +151,7 @@ def _fault(file: Path, listed: dict[str, Any]) -> str | None:
     return None
 
 
-def _snapshot(name: str, revision: str | None, hub: Path, patterns: list[str]) -> Path:
+def snapshot(name: str, revision: str | None, hub: Path, patterns: list[str]) -> Path:
     """Folder of the files that match `patterns`; it may still lack some."""
     # Here and not above: the library reads its environment when it is imported.
     import httpx2
@@ -199,7 +199,7 @@ def _missing_files(path: Path, only_tokenizer: bool) -> list[str]:
     return sorted(file for file in needed if not (path / file).is_file())
 
 
-def _bytes_to_fetch(name: str, revision: str | None, hub: Path, patterns: list[str]) -> int:
+def bytes_to_fetch(name: str, revision: str | None, hub: Path, patterns: list[str]) -> int:
     """Bytes of the files that the hub lists and the cache lacks."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -288,7 +288,7 @@ def _explain(
         free = shutil.disk_usage(_existing_parent(hub)).free
         needed = "more"
         with suppress(OSError, httpx2.HTTPError):
-            needed = str(_bytes_to_fetch(name, revision, hub, patterns))
+            needed = str(bytes_to_fetch(name, revision, hub, patterns))
         return (
             f"model {name} does not fit into {hub}: {needed} bytes are needed and {free} are free; "
             "free some space or choose another --cache_dir"

@@ -4,6 +4,9 @@ python scripts/benchmark.py data [--rows N] [--repeats N] [--tokenizer DIR] [--j
 python scripts/benchmark.py load [--megabytes N] [--repeats N] [--json FILE]
 python scripts/benchmark.py checkpoint [--megabytes N] [--folder DIR] [--repeats N] [--json FILE]
 python scripts/benchmark.py memory [--seq_len N] [--layers N] [--width N] [--repeats N] [--json FILE]
+python scripts/benchmark.py step [--shape S] [--dtype D] [--packing P] [--steps N] [--repeats N] [--json FILE]
+python scripts/benchmark.py limit [--shape S] [--dtype D] [--steps N] [--repeats N] [--json FILE]
+python scripts/benchmark.py overhead [--steps N] [--blocks N] [--repeats N] [--json FILE]
 
 Each command is a module of scripts/benchmarks and prints Markdown tables. None needs a GPU.
 docs/benchmarks.md says what each side does.
@@ -21,9 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.benchmarks import checkpoint, data, load, memory
+from scripts.benchmarks import checkpoint, data, limit, load, memory, overhead, step
 
-COMMANDS = {"checkpoint": checkpoint, "data": data, "load": load, "memory": memory}
+COMMANDS = {
+    "checkpoint": checkpoint,
+    "data": data,
+    "limit": limit,
+    "load": load,
+    "memory": memory,
+    "overhead": overhead,
+    "step": step,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

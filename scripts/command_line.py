@@ -153,6 +153,9 @@ FOREIGN_NAMES: dict[str, str] = {
     "use_auth_token": "is read from the environment only: export HF_TOKEN",
 }
 
+# A function's name, package.module.function.
+_FUNCTION = r"\w+(\.\w+)+"
+
 # Inclusive lower bounds. The types are already right when these are checked.
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
@@ -444,6 +447,7 @@ def validate(config: TrainConfig) -> None:
     _check_sources(config)
     _check_model(config)
     _check_parallel(config)
+    _check_functions(config)
     unknown = [key for key in config.allow_changed if key not in LASTING]
     _require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
     mirror = config.checkpoint.mirror
@@ -522,6 +526,10 @@ def _check_sources(config: TrainConfig) -> None:
             f"for a local file or folder use --{group}.path",
         )
         _require(
+            prepared is None or getattr(source, "transform", None) is None,
+            "--data.prepared holds tokens, and --data.transform changes rows: leave one out",
+        )
+        _require(
             not (config.data.streaming and prepared is not None),
             "--data.streaming reads rows: --data.prepared needs none, leave one out",
         )
@@ -590,7 +598,7 @@ def _check_parallel(config: TrainConfig) -> None:
     """How the model is spread, and what does not go with it."""
     _require(
         config.parallel.wrap_policy in ("transformer", "size")
-        or re.fullmatch(r"callable:\w+(\.\w+)+|module:\w+( *, *\w+)*", config.parallel.wrap_policy)
+        or re.fullmatch(rf"callable:{_FUNCTION}|module:\w+( *, *\w+)*", config.parallel.wrap_policy)
         is not None,
         "--parallel.wrap_policy must be transformer, size, module:ClassA,ClassB or "
         f"callable:package.function, got {config.parallel.wrap_policy!r}",
@@ -624,6 +632,32 @@ def _check_parallel(config: TrainConfig) -> None:
         isinstance(keep, bool) or keep >= 2,
         f"--parallel.reshard_after_forward must be true, false or a number from 2 on, got {keep}",
     )
+
+
+def _check_functions(config: TrainConfig) -> None:
+    """Names of the user's own functions; they are imported later."""
+    named = {
+        "loss": [config.loss],
+        "model.function": [config.model.function],
+        "data.transform": [source.data.transform for source in source_configs(config.data)],
+        "evaluation.functions": [*config.evaluation.functions],
+    }
+    for name, paths in named.items():
+        for path in paths:
+            _require(
+                path is None or re.fullmatch(_FUNCTION, path) is not None,
+                f"--{name} must be package.function, the name of a function in a module, got {path!r}",
+            )
+    for name, value, known in (
+        ("optimizer.name", config.optimizer.name, ("adamw", "muon")),
+        ("schedule.name", config.schedule.name, ("cosine", "linear", "constant", "wsd")),
+    ):
+        near = "".join(difflib.get_close_matches(value, known, n=1))
+        _require(
+            value in known or re.fullmatch(f"callable:{_FUNCTION}", value) is not None,
+            f"--{name} must be {', '.join(known)} or callable:package.function, got {value!r}"
+            + (f"; did you mean {near}?" if near else ""),
+        )
 
 
 @cache

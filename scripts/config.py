@@ -21,7 +21,7 @@ from trainer.config import (
 
 # What decides which samples come; and with what a step makes of them, the keys of `allow_changed`.
 OF_SAMPLES = ("data", "packing", "seq_len", "global_batch_size", "seed")
-LASTING = (*OF_SAMPLES, "model", "optimizer", "schedule", "steps", "precision")
+LASTING = (*OF_SAMPLES, "model", "loss", "optimizer", "schedule", "steps", "precision")
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,13 @@ class TrainConfig:
     checkpoint."""
 
     allow_changed: tuple[str, ...] = ()
-    """What may differ from the checkpoint that is continued, though it changes which samples come next or what a step computes: data, packing, seq_len, global_batch_size, seed, model, optimizer, schedule, steps, precision."""
+    """What may differ from the checkpoint that is continued, though it changes which samples come next or what a step computes: data, packing, seq_len, global_batch_size, seed, model, loss, optimizer, schedule, steps, precision."""
 
     dry_run: bool = False
     """Build everything, print what each rank will hold, run one step, save, reload and compare, and stop; output_dir is not touched."""
+
+    loss: str | None = None
+    """Own loss, as package.function: a function of (model, batch) that returns a sum over valid tokens and metrics (docs/extend.md); default: cross-entropy."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -92,7 +92,7 @@ def prove_checkpoint(
     Raises:
         TrainError: on every rank, when a tensor is not what it was.
     """
-    before = _fingerprints(model, optimizer)
+    before = fingerprints(model, optimizer)
     with torch.no_grad():
         for tensor in _tensors(model, optimizer, saved=True).values():
             tensor.zero_()
@@ -100,7 +100,7 @@ def prove_checkpoint(
     if checkpoint is None:
         raise TrainError("there is no step left: --resume names a checkpoint of the end of the run")
     checkpointer.restore(checkpoint)
-    after = _fingerprints(model, optimizer)
+    after = fingerprints(model, optimizer)
     changed = sorted(name for name in before | after if before.get(name) != after.get(name))
     raise_together(
         f"a checkpoint does not give back what was saved: {len(changed)} tensors differ, "
@@ -138,7 +138,7 @@ def _tensors(
     return found
 
 
-def _fingerprints(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+def fingerprints(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
     """SHA-256 of each: a copy of them all might not fit."""
     return {
         name: hashlib.sha256(

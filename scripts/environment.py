@@ -36,7 +36,7 @@ def use_cache_dir(cache_dir: str) -> Path:
         RuntimeError: a library that has read the environment already would use another folder.
     """
     root = Path(os.path.abspath(os.path.expanduser(cache_dir)))
-    settings = _cache_settings(root)
+    settings = cache_settings(root)
     imported = [library for library in _LIBRARIES if library in sys.modules]
     if imported and any(os.environ.get(name) != value for name, value in settings.items()):
         raise RuntimeError(
@@ -70,7 +70,7 @@ def remove_launcher_folders() -> None:
             folder.rmdir()
 
 
-def _cache_settings(root: Path) -> dict[str, str]:
+def cache_settings(root: Path) -> dict[str, str]:
     """The environment variables that move every cache under root."""
     hub = root / "hub"
     downloads = root / "datasets" / "downloads"

@@ -11,6 +11,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
+
+# This repository's `trainer` must win over anything installed by that name.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trainer.launchers import doubled
 
 # A flag that is given wins over these.
 DEFAULTS = [
@@ -34,8 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     # What it says of ranks that end is said below, in one line.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
 
+    arguments = parse_args([*DEFAULTS, *(sys.argv[1:] if argv is None else argv)])
+    nodes = int(arguments.nnodes.rpartition(":")[2])
+    if fault := doubled(os.environ, nodes=nodes):
+        print(f"launch.py: error: {fault}", file=sys.stderr, flush=True)
+        return 2
     try:
-        run(parse_args([*DEFAULTS, *(sys.argv[1:] if argv is None else argv)]))
+        run(arguments)
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as failed:

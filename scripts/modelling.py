@@ -34,6 +34,8 @@ from models.partial import init_adapters
 from models.tensor_parallel import tensor_parallel_plan
 from models.weights import LoadReport, init_weights, load_weights
 from scripts.batching import open_batches, slices
+from scripts.config import TrainConfig
+from scripts.extensions import own_change, own_evaluations, own_loss
 from scripts.job import Job
 from scripts.model_card import model_card
 from scripts.partial import adapter_config, freeze_rest, part_record, trains_part
@@ -42,6 +44,7 @@ from scripts.preparation import (
 )
 from trainer.config import ParallelConfig
 from trainer.distributed import raise_together
+from trainer.errors import TrainError
 from trainer.loop import LossFunction, evaluate_loss
 from trainer.loss import causal_lm_loss, routed_causal_lm_loss
 from trainer.parallel import DTYPES, parallelise
@@ -59,6 +62,8 @@ def build_sharded_model(
     plan = tensor_parallel_plan(hf_config, parallel.tp)
     check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
     model = build_model(hf_config, attention=config.attention, seed=None)
+    if (change := own_change(config)) is not None:
+        change(model)
     if trains_part(job.config):
         freeze_rest(model, job.config, tokenizer)
     shard(model, parallel, mesh, plan)
@@ -96,8 +101,10 @@ def shard(
     )
 
 
-def training_loss(model: PackedCausalLM) -> LossFunction:
-    """Cross-entropy, and for a mixture of experts also the loss that balances them."""
+def training_loss(config: TrainConfig, model: PackedCausalLM) -> LossFunction:
+    """The user's own; or cross-entropy, and for a mixture of experts also the loss that balances them."""
+    if (own := own_loss(config)) is not None:
+        return own
     hf_config = model.hf.config
     if not sparse_layers(hf_config):
         return causal_lm_loss
@@ -138,10 +145,36 @@ def judge_first_loss(
 def evaluate_model(
     job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
-    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`; {} without held-out rows, or when the run is told to stop meanwhile."""
+    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`, and what the user's own evaluations return; {} when the run is told to stop meanwhile.
+
+    Raises:
+        TrainError: an own evaluation returned something else than new names of numbers.
+    """
+    values = _evaluate_held_out(job, model, tokenizer) if job.prepared["evaluation"] else {}
+    for name, function in own_evaluations(job.config).items():
+        if job.stop.agreed():
+            return {}
+        model.eval()
+        with torch.no_grad():
+            found = function(job, model, tokenizer)
+        model.train()
+        model.reshard()  # type: ignore[operator]  # a method of FSDP modules
+        fits = isinstance(found, dict) and all(
+            isinstance(value, (int, float)) for value in found.values()
+        )
+        if not fits or not found.keys().isdisjoint(values):
+            raise TrainError(
+                f"--evaluation.functions {name} returned {found!r:.200}; it must return a dict of numbers, "
+                f"with names of its own{' beside ' + ', '.join(values) if values else ''}"
+            )
+        values |= found
+    return values
+
+
+def _evaluate_held_out(
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
     config = job.config
-    if not job.prepared["evaluation"]:
-        return {}
     sources = [
         pack_store(
             open_packed(source["packs"]).examples.first(config.evaluation.max_rows),
@@ -154,7 +187,7 @@ def evaluate_model(
     loss = evaluate_loss(
         model,
         batches,
-        loss_fn=causal_lm_loss,
+        loss_fn=own_loss(config) or causal_lm_loss,
         device=job.device,
         parallel=config.parallel,
         stop=job.stop,

@@ -152,9 +152,9 @@ def _token_faults(
     """Of one split of a source: its folder of tokens, and the packing that the run will read."""
     from data.ledger import Ledger
     from data.prepare import new_task
-    from data.sources import load_rows, shown_url
+    from data.sources import shown_url
     from data.store import find_faults, open_tokens
-    from scripts.preparation import fetch_prepared, prepared_place
+    from scripts.preparation import fetch_prepared, load_source, prepared_place
 
     what = f"{shown_url(config.name or config.path or config.prepared or 'embedded')} ({split})"
     try:
@@ -164,7 +164,7 @@ def _token_faults(
         else:
             # Local files are hashed anew: the record of their hashes in the cache would be written.
             is_local = config.path is not None and "://" not in config.path
-            source = load_rows(config, split, cache_dir=os.devnull if is_local else cache_dir)
+            source = load_source(config, split, os.devnull if is_local else cache_dir)
             if (
                 config.path is not None
                 and not is_local

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from data.errors import DataError
 from data.limits import TEMPLATE_GIB, bounded
 from data.mixture import Mixture, mix
 from data.prepare import Task, prepare_tokens, tokenizer_key
-from data.sources import Row, hub_commit, load_rows, shown_url, stream_rows
+from data.sources import Row, Source, hub_commit, load_rows, shown_url, stream_rows
 from data.store import open_packed, open_tokens, prepare_packs
 from data.streaming import stream_format
+from data.transform import transform_stream, transformed
 from models.build import build_model, check_fits, check_packing, read_model_config
 from models.errors import ModelError
 from models.hub import check_snapshot, fetch_model
 from models.tokenizer import load_tokenizer
 from scripts.command_line import printable
 from scripts.config import TrainConfig
+from scripts.extensions import row_transform
 from scripts.partial import freeze_rest, trains_part
 
 
@@ -156,11 +159,17 @@ def prepare_source(
     else:
         if config.name is not None or (config.path is not None and "://" in config.path):
             say_fetching(str(config.name or config.path), cache_dir)
-        source = load_rows(config, split, cache_dir=cache_dir)
+        source = load_source(config, split, cache_dir)
         tokens = prepare_tokens(source, tokenizer, config, cache_dir=cache_dir, write=write)
     meta = open_tokens(tokens).meta
     packs = prepare_packs(tokens, method=config.packing, seq_len=config.seq_len)
     return {"name": meta["source"], "commit": meta["commit"], "packs": str(packs)}
+
+
+def load_source(config: DataConfig, split: str, cache_dir: str | Path) -> Source:
+    """`load_rows`, with every row changed by `data.transform`."""
+    source, transform = load_rows(config, split, cache_dir=cache_dir), row_transform(config)
+    return source if transform is None else transformed(source, transform)
 
 
 def open_stream(config: DataConfig, cache_dir: Path, world_size: int) -> dict[str, Any]:
@@ -170,18 +179,29 @@ def open_stream(config: DataConfig, cache_dir: Path, world_size: int) -> dict[st
         say_fetching(config.name, cache_dir)
         name, commit = config.name, hub_commit(config.name, config.revision, cache_dir)
     pinned = replace(config, revision=commit)
-    rows = stream_rows(pinned, config.split, cache_dir=cache_dir, skip=0)
+    rows = stream_rows_of_rank(pinned, cache_dir, 1, 0, 0)
+    transform = row_transform(config)
+    if transform is not None:  # the format is told by a row that is used
+        rows = filter(None, rows)
     kind = stream_format(rows, config, name=name, world_size=world_size)
-    return {"name": name, "commit": commit, "format": kind}
+    # Part of what a cursor into the stream depends on.
+    changed = {} if transform is None else {"transform": f"{transform.name} {transform.digest}"}
+    return {"name": name, "commit": commit, "format": kind, **changed}
 
 
 def stream_rows_of_rank(
     config: DataConfig, cache_dir: Path, world_size: int, rank: int, skip: int
 ) -> Iterator[Row]:
-    """Every `world_size`-th row from row `rank` on, without the first `skip` of them."""
-    return stream_rows(
+    """Every `world_size`-th row from row `rank` on, without the first `skip` of them, changed by `data.transform`."""
+    rows = stream_rows(
         config, config.split, cache_dir=cache_dir, skip=skip, every=world_size, offset=rank
     )
+    transform = row_transform(config)
+    if transform is None:
+        return rows
+    name = config.name or shown_url(config.path or "embedded")
+    numbers = count(rank + skip * world_size, world_size)
+    return transform_stream(rows, transform, name=name, numbers=numbers)
 
 
 def prepared_place(output: str, split: str) -> str:

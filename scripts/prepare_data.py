@@ -154,11 +154,11 @@ def _write_share(
 ) -> int:
     """Write every N-th part of a source from the I-th on; returns how many parts are then missing."""
     from data.prepare import new_task, write_parts
-    from data.sources import load_rows
+    from scripts.preparation import load_source
 
     if config.prepared is not None:
         return 0
-    source = load_rows(config, split, cache_dir=cache_dir)
+    source = load_source(config, split, cache_dir)
     task = new_task(source, tokenizer, config, cache_dir=cache_dir)
     if task.folder.exists():
         return 0

@@ -14,10 +14,12 @@ from data.mixture import Mixture
 from models.causal_lm import PackedCausalLM
 from scripts.batching import order_of_samples
 from scripts.config import OF_SAMPLES, TrainConfig
+from scripts.extensions import source_of
 from scripts.job import Job
 from scripts.partial import check_part
 from trainer.checkpoint import Checkpointer, Store
 from trainer.errors import TrainError
+from trainer.functions import CALLABLE
 from trainer.loop import Progress
 
 # Global batches behind a checkpoint whose content it holds the hash of.
@@ -42,16 +44,21 @@ def lasting_settings(
     """
     config = job.config
     architecture = json.loads(model.hf.config.to_json_string(use_diff=False))
-    optimizer = asdict(config.optimizer)
+    optimizer, schedule = asdict(config.optimizer), asdict(config.schedule)
     del optimizer["max_skipped_steps"]
+    for part in (optimizer, schedule):
+        if part["name"].startswith(CALLABLE):
+            part["name"] = source_of(part["name"])
     settings = {
         **order_of_samples(job, mixture, tokenizer),
+        "loss": source_of(config.loss),
         "model": {
+            "function": source_of(config.model.function),
             "name": config.model.name,
             **{key: value for key, value in architecture.items() if key not in _NOT_THE_MODEL},
         },
         "optimizer": optimizer,
-        "schedule": asdict(config.schedule),
+        "schedule": schedule,
         # A constant rate does not depend on where the run ends.
         "steps": None if config.schedule.name == "constant" else steps,
         "precision": {name: getattr(config.parallel, name) for name in _PRECISION},

@@ -29,14 +29,19 @@ from scripts.config import TrainConfig, output_folder
 from scripts.environment import remove_launcher_folders, use_cache_dir
 from trainer.crashes import Attempt
 from trainer.errors import PeerLostError, TrainError, TransientError
+from trainer.launchers import launch_fault
 from trainer.preemption import Stopped, StopRequest, end_with_launcher
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one training job; returns the process's exit code.
 
-    0: finished. 1: the job cannot go on. 2: the command line is wrong. 128 + n: stopped by signal n, state saved.
+    0: finished. 1: the job cannot go on. 2: the command line, or how ranks are started, is wrong. 128 + n: stopped by signal n, state saved.
     """
+    if fault := launch_fault():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"train.py: error: {fault}", file=sys.stderr, flush=True)
+        return 2
     stop = StopRequest()
     try:
         with stop.listening():

@@ -132,7 +132,7 @@ def activation_bytes(model: Shape, config: TrainConfig, *, tokens: int) -> float
     active = max(1, model.active_experts)
     # Bytes in bf16 that autograd keeps of a token in transformers' layers (a test counts them). Norms keep fp32 copies.
     vectors = 16 * model.width + (4 * active * model.width if model.experts else 0)
-    heads = 16 * query + 6 * key if model.qk_norm else 8 * query + 4 * key
+    heads = 16 * query + 6 * key if model.qk_norm else 4 * query + 4 * key
     layer = vectors + (heads + 8 * model.mlp_width * active) / parallel.tp
     entry = 2 * model.width
     products = 2 * entry + 2 * (2 * query + 2 * key + 2 * model.mlp_width * active) / parallel.tp

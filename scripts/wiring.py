@@ -35,6 +35,7 @@ from scripts.batching import (
 from scripts.command_line import printable_lines
 from scripts.config import TrainConfig, output_folder
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
+from scripts.extensions import check_extensions
 from scripts.job import Job
 from scripts.modelling import (
     build_sharded_model,
@@ -61,7 +62,7 @@ from trainer.guards import Guards, explain
 from trainer.hardware import choose_device, configure, peak_flops, seed_generators
 from trainer.loop import Progress, Speedometer, train
 from trainer.metrics import MetricsWriter
-from trainer.optimizer import build_optimizer, learning_rate_at, state_bytes
+from trainer.optimizer import build_optimizer, learning_rates, state_bytes
 from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
 from trainer.preemption import Stopped, StopRequest, end_stopped_siblings
@@ -84,6 +85,7 @@ def run(
         DataError, ModelError, TrainError: what the user can mend.
         Stopped: a signal came before the first step, or during the export.
     """
+    check_extensions(config)
     device_type = choose_device(config.device, local_world_size=ranks.local_world_size)
     output_dir = output_folder(config)
     configure(device_type, local_world_size=ranks.local_world_size, output_dir=output_dir)
@@ -123,7 +125,7 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class Pieces:
     """What one run is made of."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -151,7 +153,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
         if ranks.is_first:
             print(printable_lines(text), flush=True)
 
-    run = _assemble(job, at_end)
+    run = assemble(job, at_end)
     _announce(job, run, say)
     goodput = Goodput(
         job.output_dir if ranks.is_first else None,
@@ -159,7 +161,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
         compiled=config.parallel.compile,
     )
     peak, peak_origin = peak_flops(job.device, DTYPES[config.parallel.param_dtype])
-    finished, before, after = _train(job, run, goodput, say, peak)
+    finished, before, after = train_steps(job, run, goodput, say, peak)
     if isinstance(run.batches, StreamedBatches):
         ledger = total_ledger(job, run.batches)
         raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
@@ -195,7 +197,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
     return 0
 
 
-def _assemble(job: Job, at_end: ExitStack) -> _Pieces:
+def assemble(job: Job, at_end: ExitStack) -> Pieces:
     """Data, model, optimizer and checkpoints, at the place where the run goes on."""
     config, ranks = job.config, job.ranks
     tokenizer = read_tokenizer(config, job.cache_dir, job.prepared["tokenizer"])
@@ -226,7 +228,7 @@ def _assemble(job: Job, at_end: ExitStack) -> _Pieces:
     settings = lasting_settings(job, mixture, tokenizer, model, steps)
     part = part_record(job, model)
     progress, states = resume(job, checkpointer, settings, mixture, part)
-    return _Pieces(
+    return Pieces(
         tokenizer=tokenizer,
         mixture=mixture,
         steps=steps,
@@ -244,7 +246,7 @@ def _assemble(job: Job, at_end: ExitStack) -> _Pieces:
     )
 
 
-def _announce(job: Job, run: _Pieces, say: Say) -> None:
+def _announce(job: Job, run: Pieces, say: Say) -> None:
     """Say what is about to run, and write what says it later."""
     config, is_first = job.config, job.ranks.is_first
     step = run.progress.step
@@ -261,8 +263,8 @@ def _announce(job: Job, run: _Pieces, say: Say) -> None:
     raise_together(save_model_files(job, run.model, run.tokenizer) if is_first else None)
 
 
-def _train(
-    job: Job, run: _Pieces, goodput: Goodput, say: Say, peak: float | None
+def train_steps(
+    job: Job, run: Pieces, goodput: Goodput, say: Say, peak: float | None
 ) -> tuple[bool, dict[str, float], dict[str, float]]:
     """The loop with everything it calls.
 
@@ -300,7 +302,7 @@ def _train(
 
         def save(now: Progress) -> None:
             with goodput.measure("checkpoint"):
-                _save(job, run, now, say)
+                save_checkpoint(job, run, now, say)
             writer.write_goodput(now.step, goodput.totals())
 
         def advance(step: int, seconds: float, data_wait_seconds: float) -> None:
@@ -317,12 +319,9 @@ def _train(
             model,
             run.optimizer,
             micro_batches,
-            loss_fn=training_loss(model),
-            learning_rate=partial(
-                learning_rate_at,
-                steps=steps,
-                peak=config.optimizer.learning_rate,
-                schedule=config.schedule,
+            loss_fn=training_loss(config, model),
+            learning_rate=learning_rates(
+                config.schedule, steps=steps, peak=config.optimizer.learning_rate
             ),
             optimizer_config=config.optimizer,
             progress=progress,
@@ -358,7 +357,7 @@ def _train(
     return finished, before, after
 
 
-def _save(job: Job, run: _Pieces, now: Progress, say: Say) -> None:
+def save_checkpoint(job: Job, run: Pieces, now: Progress, say: Say) -> None:
     """Begin a checkpoint; one that failed is a warning, and an error only if it was the last."""
     state: dict[str, Any] = {
         "samples": now.samples,

@@ -27,7 +27,9 @@ class OneLayer(nn.Module):
 
 
 def test_the_loss_in_ten_lines_is_the_usual_loss_plus_its_penalty() -> None:
-    code = re.search(r"```python\n(def z_loss.*?)```", README, re.S)
+    code = re.search(
+        r"```python\nimport torch.nn.functional as F\n\n(def z_loss.*?)```", README, re.S
+    )
     assert code is not None
     assert len(code[1].splitlines()) <= 10
     namespace: dict = {"F": F}
@@ -83,6 +85,7 @@ def test_flags_that_are_shown_exist() -> None:
         "docs/prepare",
         "docs/streaming",
         "docs/lora",
+        "docs/extend",
     ):
         text = (ROOT / f"{page}.md").read_text(encoding="utf-8")
         shown = set(re.findall(r"(?<![\w-])--[a-z_]+(?:\.[a-z0-9_]+)*", text))

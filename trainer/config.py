@@ -66,8 +66,8 @@ class ParallelConfig:
 class OptimizerConfig:
     """AdamW (https://arxiv.org/abs/1711.05101) or Muon, and gradient clipping."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon updates the matrices of the decoder layers by orthogonalised momentum, and the rest by AdamW."""
+    name: str = "adamw"
+    """adamw; muon updates the matrices of the decoder layers by orthogonalised momentum, and the rest by AdamW; or callable:package.function, your own."""
 
     learning_rate: float = 1e-5
     """Peak learning rate."""
@@ -110,8 +110,8 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate as a function of the step."""
 
-    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after warm-up; wsd is constant with a linear decay at the end."""
+    name: str = "cosine"
+    """Shape after warm-up: cosine, linear, constant, or wsd, constant with a linear decay at the end; or callable:package.function, your own, warm-up included."""
 
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
@@ -164,6 +164,9 @@ class EvaluationConfig:
 
     max_rows: int = 512
     """Conversations of the split to use."""
+
+    functions: tuple[str, ...] = ()
+    """Own evaluations, as a list of package.function; each is a function of (job, model, tokenizer) that returns numbers to log (docs/extend.md)."""
 
     generate_rows: int = 128
     """Held-out questions the model answers by greedy decoding for exact match; 0 generates nothing."""

@@ -47,7 +47,7 @@ class Ranks:
 
 
 def meet() -> Ranks:
-    """Connect to the store of torchrun; without a launcher, be the only rank.
+    """Connect to the store of the launcher; without one, be the only rank.
 
     Nothing collective happens yet, so nothing can time out while one rank downloads a model for hours.
     """
@@ -58,15 +58,25 @@ def meet() -> Ranks:
     store, rank, world_size = next(rendezvous("env://", timeout=timedelta(minutes=10)))
     # A restarted group meets in the same store of the launcher; its keys must not be those of the last attempt.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    store = dist.PrefixStore(f"shardloop/{attempt}", store)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+        node, nodes = rank // local_world_size, world_size // local_world_size
+    else:  # Azure ML's own launcher, for one, tells no more of a node than the local ranks
+        store.set(f"local-rank/{rank}", str(local_rank))
+        local_ranks = [int(store.get(f"local-rank/{other}")) for other in range(world_size)]
+        firsts = [other for other, local in enumerate(local_ranks) if local == 0]
+        node, nodes = sum(first <= rank for first in firsts) - 1, len(firsts)
+        local_world_size = ([*firsts, world_size])[node + 1] - firsts[node]
     return Ranks(
         rank=rank,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_rank=local_rank,
         world_size=world_size,
         local_world_size=local_world_size,
-        node=int(os.environ.get("GROUP_RANK", rank // local_world_size)),
-        store=dist.PrefixStore(f"shardloop/{attempt}", store),
-        nodes=int(os.environ.get("GROUP_WORLD_SIZE", world_size // local_world_size)),
+        node=int(os.environ.get("GROUP_RANK", node)),
+        store=store,
+        nodes=int(os.environ.get("GROUP_WORLD_SIZE", nodes)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.distributed import sum_over_ranks
 from trainer.errors import TrainError
+from trainer.functions import CALLABLE, import_function
 from trainer.hardware import FUSED_OPTIMIZER
 from trainer.precision import BYTES
 
@@ -40,12 +42,16 @@ def build_optimizer(
         embedding: the parameter whose rate is multiplied by `embedding_lr_ratio`.
         head: likewise by `head_lr_ratio`; where it is the embedding, the embedding's ratio counts.
 
+    A `config.name` of `callable:package.function` names a function of (model, groups, config): the groups are for
+    torch.optim, with weight decay in those of matrices.
+
     Returns:
         torch's AdamW, fused where the device has a fused kernel; a `GroupedOptimizer` for Muon and where parameters
         or state are bf16. Hyperparameters stay as configured when a saved state is loaded.
 
     Raises:
-        TrainError: Muon was asked for and has no matrix to update.
+        TrainError: Muon was asked for and has no matrix to update; or an own function cannot be used, returns no
+            optimizer, or leaves out a parameter that is trained.
     """
     hidden = {
         id(parameter)
@@ -79,7 +85,9 @@ def build_optimizer(
         for (muon, decays, role), parameters in groups.items()
     ]
     bf16_masters = any(p.dtype == torch.bfloat16 for trained in groups.values() for p in trained)
-    if config.name == "muon" or config.state_dtype != "float32" or bf16_masters:
+    if config.name.startswith(CALLABLE):
+        optimizer = _own_optimizer(model, described, config)
+    elif config.name == "muon" or config.state_dtype != "float32" or bf16_masters:
         optimizer = GroupedOptimizer(described, config)
     else:
         optimizer = torch.optim.AdamW(
@@ -99,6 +107,27 @@ def build_optimizer(
             group.update(values)
 
     optimizer.register_load_state_dict_post_hook(keep_configured)
+    return optimizer
+
+
+def _own_optimizer(
+    model: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    flag, path = "--optimizer.name", config.name.removeprefix(CALLABLE)
+    optimizer = import_function(path, flag=flag, takes="model, groups, config")(
+        model, groups, config
+    )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TrainError(
+            f"{flag} {path} returned a {type(optimizer).__name__}; it must return a torch.optim.Optimizer"
+        )
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in updated]
+    if missing:
+        raise TrainError(
+            f"{flag} {path} leaves out {len(missing)} parameters that are trained, the first is {missing[0]}; "
+            "give the optimizer all groups"
+        )
     return optimizer
 
 
@@ -241,9 +270,9 @@ def _orthogonal_step(matrix: Tensor, adjustment: str) -> Tensor:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> float:
-    """Bytes of the running averages of this rank once every parameter has been updated."""
+    """Bytes of the running averages of this rank once every parameter has been updated; an own optimizer is taken to keep two."""
     return sum(
-        _local(parameter).numel() * BYTES[config.state_dtype] * (1 if group["muon"] else 2)
+        _local(parameter).numel() * BYTES[config.state_dtype] * (1 if group.get("muon") else 2)
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
@@ -299,6 +328,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Give every group this rate times its own ratio."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+
+
+def learning_rates(schedule: ScheduleConfig, *, steps: int, peak: float) -> Callable[[int], float]:
+    """The learning rate as a function of the step: `learning_rate_at`, or the user's own with the same arguments.
+
+    Raises:
+        TrainError: the own function cannot be used, or gives no rate for the first or the last step.
+    """
+    if not schedule.name.startswith(CALLABLE):
+        return partial(learning_rate_at, steps=steps, peak=peak, schedule=schedule)
+    flag, path = "--schedule.name", schedule.name.removeprefix(CALLABLE)
+    own = import_function(path, flag=flag, takes="step, *, steps, peak, schedule")
+    rates = partial(own, steps=steps, peak=peak, schedule=schedule)
+    for step in (1, steps):
+        rate = rates(step)
+        if not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+            raise TrainError(
+                f"{flag} {path} gives {rate!r} in step {step}; a learning rate is a number, 0 or above"
+            )
+    return rates
 
 
 def learning_rate_at(step: int, *, steps: int, peak: float, schedule: ScheduleConfig) -> float:

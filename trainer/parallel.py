@@ -6,7 +6,6 @@ as a whole, hooks of FSDP stay outside of both, and parameter names never change
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import warnings
@@ -38,6 +37,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from trainer.config import ParallelConfig
 from trainer.errors import TrainError
+from trainer.functions import CALLABLE, import_function, import_object
 from trainer.precision import compute_in_float8
 
 # The protocol of torch.distributed.fsdp.wrap: called once with recurse=True (go into this module's children?), once
@@ -153,27 +153,16 @@ def wrap_policy(
                 f"it has {', '.join(sorted(classes))}"
             )
         return ModuleWrapPolicy([classes[part] for part in wanted])
-    if name.startswith("callable:"):
-        return import_object(name.removeprefix("callable:"), flag="parallel.wrap_policy")
+    if name.startswith(CALLABLE):
+        flag, path = "--parallel.wrap_policy", name.removeprefix(CALLABLE)
+        own = import_object(path, flag=flag)
+        if isinstance(own, CustomPolicy):  # which is no function
+            return own
+        return import_function(path, flag=flag, takes="*, module, recurse, nonwrapped_numel")
     raise TrainError(
         f"parallel.wrap_policy {name!r} is unknown; "
         "use transformer, size, module:ClassA,ClassB or callable:package.function"
     )
-
-
-def import_object(path: str, *, flag: str) -> Any:
-    """The object at the dotted path `package.module.name`.
-
-    Raises:
-        TrainError: naming the flag and what could not be found.
-    """
-    module, _, attribute = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TrainError(
-            f"{flag}: {path!r} cannot be imported ({error}); give package.module.function"
-        ) from None
 
 
 def select_groups(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import socket
 import tempfile
 import threading
 import time
@@ -61,16 +62,12 @@ def peak_memory(every_seconds: float = 0.002) -> Iterator[Result]:
     That is resident less file-backed pages (/proc/self/statm), looked at by a thread every so many seconds.
     """
 
-    def anonymous() -> int:
-        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
-        return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
-
-    before, highest, done = anonymous(), 0, threading.Event()
+    before, highest, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal highest
         while not done.wait(every_seconds):
-            highest = max(highest, anonymous())
+            highest = max(highest, anonymous_bytes())
 
     result: Result = {}
     thread = threading.Thread(target=watch, daemon=True)
@@ -80,11 +77,63 @@ def peak_memory(every_seconds: float = 0.002) -> Iterator[Result]:
     finally:
         done.set()
         thread.join()
-    result["peak_bytes"] = max(highest, anonymous()) - before
+    result["peak_bytes"] = max(highest, anonymous_bytes()) - before
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process that is no page of a file (on Linux)."""
+    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def forget_peak() -> None:
+    """From now on `peak_anonymous_bytes` is the peak since this call (on Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_anonymous_bytes() -> int:
+    """The largest `anonymous_bytes` since `forget_peak`, as the kernel kept it: nothing has to look meanwhile.
+
+    The kernel keeps the peak of all resident pages; pages of files and shared ones are taken to be what they are now.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = {
+        name: int(value.split()[0])
+        for name, _, value in (x.partition(":") for x in lines)
+        if name in _OF_PEAK
+    }
+    return 1024 * (kib["VmHWM"] - kib["RssFile"] - kib["RssShmem"])
+
+
+_OF_PEAK = ("VmHWM", "RssFile", "RssShmem")
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function` returns on each of so many new gloo ranks of one thread each."""
+    return _run(world_size, _as_rank, function, arguments)
+
+
+def as_launched(
+    world_size: int, env: dict[str, str], function: Callable[..., Any], *arguments: Any
+) -> list[Any]:
+    """What `function` returns on each of so many new processes that torchrun might have started, with `env` as well.
+
+    They have no process group yet.
+    """
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    env = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        **env,
+    }
+    return _run(world_size, _as_launched, env, function, arguments)
+
+
+def _run(world_size: int, start: Callable[..., Any], *arguments: Any) -> list[Any]:
     context = multiprocessing.get_context("forkserver")  # it loads the libraries once
     context.set_forkserver_preload(["torch", "transformers.modeling_utils"])
     with (
@@ -92,10 +141,16 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> 
         ProcessPoolExecutor(world_size, mp_context=context) as pool,
     ):
         ranks = [
-            pool.submit(_as_rank, rank, world_size, folder, function, arguments)
-            for rank in range(world_size)
+            pool.submit(start, rank, world_size, folder, *arguments) for rank in range(world_size)
         ]
         return [rank.result() for rank in ranks]
+
+
+def _as_launched(
+    rank: int, _world_size: int, _folder: str, env: dict[str, str], function: Any, arguments: Any
+) -> Any:
+    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
+    return function(*arguments)
 
 
 def _as_rank(

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from models.build import build_model
+from models.flops import training_flops
 from scripts.benchmark import main
+from scripts.benchmarks import limit, overhead, workload
+from scripts.benchmarks import step as step_benchmark
 from scripts.benchmarks.data import NO_TRL
+from scripts.benchmarks.trainers import Work
+from scripts.benchmarks.workload import Shape
 from tests.support.ranks import start_server
 
 
@@ -98,3 +106,111 @@ def test_memory_of_recomputation_and_of_types(
     assert 12 < sizes["Muon, all float32"] < 16
     printed = capsys.readouterr().out
     assert f"| full | {peaks['full']:.0f} |" in printed and "| Muon, all float32 |" in printed
+
+
+TINY = Shape(vocabulary=600, width=64, layers=2, seq_len=64, micro_batch_size=2)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    start_server()  # whose ranks have the libraries loaded
+    for name in workload.SHAPES:
+        monkeypatch.setitem(workload.SHAPES, name, TINY)
+
+
+@pytest.mark.distributed
+def test_steps_of_all_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: None) -> None:
+    file = tmp_path / "numbers.json"
+    flags = ["--shape=layers", "--dtype=float32", "--packing=padded", "--steps=1", "--repeats=1"]
+
+    assert main(["step", *flags, "--json", str(file)]) == 0
+
+    (row,) = json.loads(file.read_text())["rows"]
+    ours, plain = row["sides"]["shardloop"], row["sides"]["plain"]
+    (step,), (same,) = ours["every_step"], plain["every_step"]
+    # The same rows, and before the first update the same weights.
+    assert step["tokens"] == same["tokens"] > step["valid_tokens"] == same["valid_tokens"] > 0
+    assert ours["first_loss"] == pytest.approx(math.log(600), abs=0.3)
+    assert ours["peak_bytes"] > 0 < plain["peak_bytes"]
+    assert row["ratios"]["plain"]["times_faster"] > 0
+    printed = capsys.readouterr().out
+    if importlib.util.find_spec("trl") is None:
+        assert step_benchmark.NO_TRL in printed
+    else:
+        trl = row["sides"]["trl"]
+        assert trl["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-6)
+        assert trl["every_step"][0]["tokens"] == step["tokens"]
+        assert trl["every_step"][0]["valid_tokens"] == step["valid_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_steps_of_packed_rows(tmp_path: Path, tiny: None) -> None:
+    file = tmp_path / "numbers.json"
+    flags = ["--shape=layers", "--dtype=bfloat16", "--packing=packed", "--steps=1", "--repeats=1"]
+    assert main(["step", *flags, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    for name, side in row["sides"].items():
+        assert "failed" not in side, (name, side)
+        (step,) = side["every_step"]
+        # Nearly full rows on every side.
+        assert 0.7 * 4 * TINY.seq_len < step["tokens"] <= 4 * TINY.seq_len
+        assert side["first_loss"] == pytest.approx(math.log(600), abs=0.3)
+
+
+def test_a_side_that_cannot_run_says_why() -> None:
+    def broken() -> list[dict[str, Any]]:
+        raise RuntimeError("no kernel\nfor this")
+
+    run = [{"seconds": [2.0], "cpu_seconds": [1.0], "tokens": [6], "valid_tokens": [4]}]
+    done = [{**run[0], "peak_bytes": 10, "first_loss": 1.0}]
+    failed = step_benchmark.summary([done, step_benchmark.attempt(broken)])
+    assert failed == {"failed": "RuntimeError: no kernel for this"}
+    sides = {"shardloop": step_benchmark.summary([done]), "trl": failed}
+    assert step_benchmark.ratios(sides) == {}
+    row = {"shape": "layers", "dtype": "float32", "packing": "packed", "sides": sides, "ratios": {}}
+    known = {
+        "machine": {"cpu": "one", "cores": 2},
+        "versions": {"trl": "1"},
+        "shapes": {},
+        "rows": [row],
+    }
+    counts = {"ranks": 2, "repeats": 1, "steps": 1, "warm_up": 1}
+    printed = step_benchmark.as_markdown(known | counts)
+    assert "| trl | RuntimeError: no kernel for this |" in printed
+    assert "| shardloop | 2.000 | 1.000 | 2 | 3 |" in printed
+
+
+@pytest.mark.distributed
+def test_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: None) -> None:
+    file = tmp_path / "numbers.json"
+    flags = ["--shape=layers", "--dtype=float32", "--steps=1", "--repeats=1"]
+    assert main(["limit", *flags, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert 0 < row["share_pct"] < 100
+    for category in ("matmul", "loss: matmul", "attention", "communication", "optimizer", "Python"):
+        assert row["profile"][category] > 0, category
+    assert "| % of a traced step | layers, float32 |" in capsys.readouterr().out
+
+
+def test_products_of_a_step_are_its_matrix_flops() -> None:
+    config = workload.model_config(TINY)
+    model = build_model(config, attention="packed", seed=0)
+    work = Work("", TINY, "float32", True, 1, 1)
+    products = limit.products_of_step(model, work, labels=50)
+    expected = training_flops(config, TINY.micro_batch_tokens, 50, squared_lengths=0)
+    assert sum(product.flops for product in products.elements()) == expected
+
+
+@pytest.mark.distributed
+def test_overhead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: None
+) -> None:
+    monkeypatch.setattr(overhead, "DTYPES", ("float32",))
+    file = tmp_path / "numbers.json"
+    flags = ["--steps=2", "--blocks=2", "--repeats=1"]
+    assert main(["overhead", *flags, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    # What a step of a tiny model costs beside its tensors is most of it, but not many times more.
+    assert -50 < row["overhead_cpu_seconds_pct"] < 500
+    assert f"{row['overhead_seconds_pct']:+.2f}" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from data.embedded import build_tokenizer
 from data.loader import IGNORE_INDEX, PackedBatches
 from data.mixture import mix
 from data.store import open_tokens, pack_store
-from scripts.environment import _cache_settings
+from scripts.environment import cache_settings
 from scripts.inspect_data import main, row_as_text, token_texts, use_colours, visible
 from tests.support.command import ROOT, clean_environment, run_command
 from tests.support.hub import LoopbackHub
@@ -51,7 +51,7 @@ def inspect(
 ) -> Iterator[Inspect]:
     """The exit code of `main` and what it printed; the environment it changes is put back."""
     # The libraries are imported already, so their folders have to be set from outside.
-    for name, value in _cache_settings(shared_cache).items():
+    for name, value in cache_settings(shared_cache).items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
 

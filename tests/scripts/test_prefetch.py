@@ -13,7 +13,7 @@ import pytest
 
 from data.prepare import new_task, write_parts
 from data.sources import load_rows
-from scripts.environment import _cache_settings
+from scripts.environment import cache_settings
 from scripts.prefetch import main
 from tests.support.command import ROOT, CommandResult, clean_environment, run_command
 from tests.support.hub import LoopbackHub
@@ -47,7 +47,7 @@ def prefetch(
 ) -> Iterator[Prefetch]:
     """The exit code of `main` and the lines it printed; the environment it changes is put back."""
     # The libraries are imported already, so their folders have to be set from outside.
-    for name, value in _cache_settings(cache_dir).items():
+    for name, value in cache_settings(cache_dir).items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
 

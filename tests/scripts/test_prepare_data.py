@@ -22,7 +22,7 @@ from data.config import DataConfig
 from data.embedded import build_tokenizer
 from data.prepare import Task, new_task
 from data.sources import load_rows
-from scripts.environment import _cache_settings
+from scripts.environment import cache_settings
 from scripts.prepare_data import main
 from scripts.ray_engine import _write_part
 from tests.support.command import ROOT, clean_environment, run_command
@@ -52,7 +52,7 @@ def prepare(
 
     def run(cache: Path, *argv: str) -> tuple[int, str, str]:
         # The libraries are imported already, so their folders have to be set from outside.
-        os.environ.update(_cache_settings(cache))
+        os.environ.update(cache_settings(cache))
         code = main([f"--cache_dir={cache}", *argv])
         return code, *capsys.readouterr()
 

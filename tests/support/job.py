@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from scripts.environment import _cache_settings
+from scripts.environment import cache_settings
 from tests.support.command import ROOT, CommandResult
 from tests.support.ranks import free_port, run_ranks
 
@@ -46,7 +46,7 @@ def train(
     start = time.monotonic()
     argv = [f"--cache_dir={cache_dir}", f"--output_dir={output_dir}", *args]
     # The forked libraries are imported already, so their folders have to be set from outside.
-    env = {**_cache_settings(cache_dir.absolute()), **(env or {})}
+    env = {**cache_settings(cache_dir.absolute()), **(env or {})}
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     results = run_ranks(
         _run_main,

@@ -1,0 +1,308 @@
+"""`benchmark.py limit`: how close a training step comes to what the machine's matrix products allow, and where the rest goes.
+
+train.py runs as it is on two gloo ranks. Behind its last step, in the same processes and at the same time on all ranks,
+every matrix product of a step is timed alone. Then a step more is traced by torch.profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scripts.benchmarks.common import Result, machine, setting, versions
+from scripts.benchmarks.step import DTYPES, WARM_UP, launch, write_workload
+from scripts.benchmarks.trainers import WORLD_SIZE, Work, differences, now, run_main
+from scripts.benchmarks.workload import SHAPES
+
+HELP = "model FLOP/s of a step beside those of its matrix products alone; a profile"
+CATEGORIES = (
+    "matmul",
+    "loss: matmul",
+    "loss: rest",
+    "attention",
+    "elementwise",
+    "indexing and copies",
+    "communication",
+    "clipping",
+    "optimizer",
+    "data",
+    "Python",
+)
+# Largest matrix of logits that is timed in one piece.
+MOST_LOGITS = 2**28
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, choices in (("shape", SHAPES), ("dtype", DTYPES)):
+        parser.add_argument(
+            f"--{name}", choices=tuple(choices), help=f"only this {name} (all, one after the other)"
+        )
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a run (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    """All numbers."""
+    rows = []
+    for shape in [arguments.shape] if arguments.shape else SHAPES:
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+            # One more step is traced.
+            write_workload(Path(folder), shape, arguments.steps + 1)
+            for dtype in [arguments.dtype] if arguments.dtype else DTYPES:
+                work = Work(folder, SHAPES[shape], dtype, True, WARM_UP, arguments.steps + 1)
+                runs = [launch(work, measure)[0] for _ in range(arguments.repeats)]
+                rows.append({"shape": shape, "dtype": dtype, **combine(runs)})
+    return {
+        "machine": machine(),
+        "versions": versions("torch", "transformers"),
+        "ranks": WORLD_SIZE,
+        "repeats": arguments.repeats,
+        "steps": arguments.steps,
+        "rows": rows,
+    }
+
+
+def combine(runs: Sequence[Result]) -> Result:
+    """Medians of the runs; the profile is that of the run with the fastest traced step."""
+    values = {key: median(run[key] for run in runs) for key in runs[0] if key != "profile"}
+    profile = min((run["profile"] for run in runs), key=lambda seconds: sum(seconds.values()))
+    share = values["model_flops"] / values["step_seconds"] / values["peak_flops"]
+    cpu_share = values["model_flops"] / values["step_cpu_seconds"] / values["peak_flops_cpu"]
+    return {
+        **values,
+        "share_pct": 100 * share,
+        "cpu_share_pct": 100 * cpu_share,
+        "profile": profile,
+    }
+
+
+def measure(work: Work) -> Result:
+    """On a rank: seconds and model FLOPs of a step, FLOP/s of its matrix products alone, and where a traced step went."""
+    import trainer.loop
+    from models.flops import training_flops
+    from trainer.parallel import DTYPES as TORCH_DTYPES
+
+    result: Result = {}
+    flops: list[float] = []
+    ticks: list[tuple[float, float]] = []
+    labels: list[int] = []
+
+    def measured(model: Any, optimizer: Any, batches: Iterable[Any], **options: Any) -> bool:
+        advance, steps = options.pop("advance"), options.pop("steps")
+        options |= {"save": lambda _: None, "evaluate": lambda _: None}
+
+        def counted() -> Iterator[Any]:
+            iterator = iter(batches)
+            while True:
+                with torch.profiler.record_function("data"):
+                    batch = next(iterator)
+                tokens, _, valid, squared = batch["counts"].tolist()
+                flops.append(training_flops(model.hf.config, tokens, valid, squared))
+                labels.append(valid)
+                yield batch
+
+        def ticked(*told: Any) -> None:
+            ticks.append(now())
+            advance(*told)
+
+        source = counted()
+        arguments = (model, optimizer, source)
+        trainer.loop.train(*arguments, steps=steps - 1, advance=ticked, **options)
+        timed = differences(ticks[WARM_UP - 1 :])
+        products = products_of_step(model, work, labels=round(mean(labels)))
+        alone, alone_cpu = seconds_alone(products, TORCH_DTYPES[work.dtype])
+        total = sum(product.flops for product in products.elements())
+        clip = torch.profiler.record_function("clipping")(trainer.loop.clip_gradients)
+        with (
+            patch.object(trainer.loop, "clip_gradients", clip),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        ):
+            began = time.perf_counter()
+            finished = trainer.loop.train(*arguments, steps=steps, advance=advance, **options)
+            traced = time.perf_counter() - began
+        result.update(
+            step_seconds=median(step["seconds"] for step in timed),
+            step_cpu_seconds=median(step["cpu_seconds"] for step in timed),
+            model_flops=mean(flops[WARM_UP:-1]),
+            peak_flops=total / alone,
+            peak_flops_cpu=total / alone_cpu,
+            profile=categories(profile, traced),
+        )
+        return finished
+
+    run_main(work, measured)
+    return result
+
+
+# ------------------------------------------------------------------------------- products by themselves
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the three products of a linear layer: of `rows` tokens, `inputs` and `outputs` wide."""
+
+    kind: str
+    """forward, input_grad or weight_grad."""
+    rows: int
+    inputs: int
+    outputs: int
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.inputs * self.outputs
+
+
+def products_of_step(model: Any, work: Work, *, labels: int) -> Counter[Product]:
+    """Those of a rank's micro-batch, the head's for its labels, and how often each is computed."""
+    found: Counter[Product] = Counter()
+    for name, layer in model.hf.named_modules():
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        rows, times = work.shape.micro_batch_tokens, 1
+        if layer is model.head:
+            times = math.ceil(labels * layer.out_features / MOST_LOGITS)
+            rows = labels // times
+        assert rows > 0, name
+        for kind in ("forward", "input_grad", "weight_grad"):
+            found[Product(kind, rows, layer.in_features, layer.out_features)] += times
+    return found
+
+
+def seconds_alone(products: Counter[Product], dtype: torch.dtype) -> tuple[float, float]:
+    """Wall and CPU seconds of all products, one after the other, each at its best of a few; all ranks at once."""
+    wall = cpu = 0.0
+    for product, times in products.items():
+        dist.barrier()
+        best = best_of(product, dtype)
+        wall, cpu = wall + times * best[0], cpu + times * best[1]
+    return wall, cpu
+
+
+def best_of(product: Product, dtype: torch.dtype, *, tries: int = 4) -> tuple[float, float]:
+    """Wall and CPU seconds, into memory that is there already."""
+    inputs = torch.randn(product.rows, product.inputs).to(dtype)
+    weight = torch.randn(product.outputs, product.inputs).to(dtype)
+    grad = torch.randn(product.rows, product.outputs).to(dtype)
+    operands: dict[str, tuple[Tensor, Tensor]] = {
+        "forward": (inputs, weight.T),
+        "input_grad": (grad, weight),
+        "weight_grad": (grad.T, inputs),
+    }
+    left, right = operands[product.kind]
+    out = torch.mm(left, right)
+    found = []
+    for _ in range(tries):
+        wall, used = time.perf_counter(), time.thread_time()
+        torch.mm(left, right, out=out)
+        found.append((time.perf_counter() - wall, time.thread_time() - used))
+    return min(wall for wall, _ in found), min(used for _, used in found)
+
+
+# ------------------------------------------------------------------------------------------ profile
+
+
+def categories(profile: torch.profiler.profile, seconds: float) -> Result:
+    """Seconds of the traced step by `CATEGORIES`: of each event the time that no event inside it accounts for.
+
+    What no event covers, and what autograd's and modules' own events have for themselves, is Python and bookkeeping.
+    """
+    events = [e for e in profile.events() or [] if e.time_range.elapsed_us() > 0]
+    # The thread that trains is the one with the optimizer; the loader's and others run beside it.
+    threads = [event.thread for event in events if event.name.startswith("Optimizer.step")]
+    mine = sorted(
+        (event for event in events if event.thread == threads[0]),
+        key=lambda event: (event.time_range.start, -event.time_range.end),
+    )
+    found: dict[str, float] = defaultdict(float)
+    stack: list[tuple[float, str]] = []  # end and category of the events that are open
+    for event in mine:
+        begin, end = event.time_range.start, event.time_range.end
+        while stack and stack[-1][0] <= begin:
+            stack.pop()
+        outer = stack[-1][1] if stack else "Python"
+        category = category_of(event.name, outer)
+        found[category] += (end - begin) / 1e6
+        if stack:
+            found[outer] -= (end - begin) / 1e6
+        stack.append((end, category))
+    covered = sum(found.values())
+    found["Python"] += max(0.0, seconds - covered)
+    return {category: found[category] for category in CATEGORIES}
+
+
+def category_of(name: str, outer: str) -> str:
+    """Of an event inside one of category `outer`."""
+    matmul = name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::mkldnn_linear")
+    matmul = matmul or name.startswith(("mkldnn::", "aten::mkldnn"))
+    if outer in ("loss: rest", "loss: matmul"):
+        return "loss: matmul" if matmul else outer
+    if outer in ("communication", "clipping", "optimizer", "data", "attention", "matmul"):
+        return outer
+    if name in ("data", "clipping"):
+        return name
+    if name.startswith("Optimizer."):
+        return "optimizer"
+    if "LinearCrossEntropy" in name:
+        return "loss: rest"
+    if name.startswith(("FSDP::", "c10d::", "gloo:", "record_param_comms")):
+        return "communication"
+    if "scaled_dot_product" in name:
+        return "attention"
+    if matmul:
+        return "matmul"
+    if not name.startswith("aten::"):
+        return "Python"
+    if name.removeprefix("aten::").rstrip("_") in _MOVES:
+        return "indexing and copies"
+    return outer if outer == "indexing and copies" else "elementwise"
+
+
+_MOVES = {
+    "_to_copy", "argsort", "cat", "clone", "contiguous", "copy", "embedding", "embedding_dense_backward",
+    "gather", "index", "index_add", "index_put", "_index_put_impl", "index_select", "index_select_backward",
+    "repeat_interleave", "scatter", "scatter_add", "sort", "stack", "to", "zero", "zeros", "new_zeros", "fill",
+}  # fmt: skip
+
+
+def as_markdown(result: Result) -> str:
+    """The numbers as Markdown tables."""
+    rows = result["rows"]
+    lines = [
+        setting(result),
+        f"{result['ranks']} gloo ranks, packed; medians of {result['repeats']} runs of {result['steps']} steps; "
+        "numbers are those of one rank",
+        "",
+        "| shape | dtype | step seconds | model GFLOP | GFLOP/s | of its products alone | % | by CPU seconds % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['shape']} | {row['dtype']} | {row['step_seconds']:.3f} | {row['model_flops'] / 1e9:,.0f} "
+            f"| {row['model_flops'] / row['step_seconds'] / 1e9:,.1f} | {row['peak_flops'] / 1e9:,.1f} "
+            f"| {row['share_pct']:.1f} | {row['cpu_share_pct']:.1f} |"
+        )
+    titles = [f"{row['shape']}, {row['dtype']}" for row in rows]
+    lines += [
+        "",
+        f"| % of a traced step | {' | '.join(titles)} |",
+        "|---|" + "---|" * len(rows),
+    ]
+    for category in CATEGORIES:
+        shares = [100 * row["profile"][category] / sum(row["profile"].values()) for row in rows]
+        lines.append(f"| {category} | {' | '.join(f'{share:.1f}' for share in shares)} |")
+    lines.append(
+        "| seconds | " + " | ".join(f"{sum(row['profile'].values()):.3f}" for row in rows) + " |"
+    )
+    return "\n".join(lines)
