@@ -3,6 +3,7 @@
 python scripts/benchmark.py data [--rows N] [--repeats N] [--tokenizer DIR] [--json FILE]
 python scripts/benchmark.py load [--megabytes N] [--repeats N] [--json FILE]
 python scripts/benchmark.py checkpoint [--megabytes N] [--folder DIR] [--repeats N] [--json FILE]
+python scripts/benchmark.py loss [--tokens N] [--width N] [--vocabulary N] [--repeats N] [--json FILE]
 python scripts/benchmark.py memory [--seq_len N] [--layers N] [--width N] [--repeats N] [--json FILE]
 python scripts/benchmark.py step [--shape S] [--dtype D] [--packing P] [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py limit [--shape S] [--dtype D] [--steps N] [--repeats N] [--json FILE]
@@ -24,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.benchmarks import checkpoint, data, limit, load, memory, overhead, step
+from scripts.benchmarks import checkpoint, data, limit, load, loss, memory, overhead, step
 
 COMMANDS = {
     "checkpoint": checkpoint,
     "data": data,
     "limit": limit,
     "load": load,
+    "loss": loss,
     "memory": memory,
     "overhead": overhead,
     "step": step,

@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 
-# fp32 logits that may exist at once. Small enough to stay near the caches of a CPU and to vanish beside a GPU's
-# activations, large enough that the matrix products run at full speed.
+# fp32 logits that may exist at once. Small enough to stay near the caches of a CPU, large enough that the matrix
+# products run at full speed.
 CHUNK_BYTES = 128 * 2**20
+# On a GPU that share of its memory, if that is more: more rows a product, and still little beside activations.
+GPU_SHARE = 1 / 128
 
 
 def causal_lm_loss(
-    model: nn.Module, batch: Mapping[str, Tensor]
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the next token, summed over the labels that are not IGNORE_INDEX.
 
@@ -29,8 +35,10 @@ def causal_lm_loss(
         model: called as `model(batch, head)`; `head` gets hidden states [B, S, D] and the head's weight [V, D].
         batch: `labels` [B, S], already shifted: the label at a position is the token that follows it; and
             `label_positions` [N], the places in B * S that have a label.
+        z_loss, label_smoothing: see `linear_cross_entropy_sum`; the metric `loss` stays the cross-entropy alone.
     """
-    return model(batch, _cross_entropy_head(batch)), {}
+    objective, cross_entropy = model(batch, _cross_entropy_head(batch, z_loss, label_smoothing))
+    return objective, {"loss": cross_entropy} if z_loss or label_smoothing else {}
 
 
 def routed_causal_lm_loss(
@@ -56,7 +64,8 @@ def routed_causal_lm_loss(
         The weighted sum, and the metrics `loss` (the cross-entropy alone), `router_aux_loss` and
         `expert_load` [layers, experts], the real tokens that each expert was sent.
     """
-    cross_entropy, router_logits = model(batch, _cross_entropy_head(batch), router_logits=True)
+    head = _cross_entropy_head(batch)
+    (cross_entropy, _), router_logits = model(batch, head, router_logits=True)
     row_losses, load = load_balancing_loss(router_logits, batch["row_tokens"], experts_per_token)
     auxiliary = (row_losses * (batch["labels"] != IGNORE_INDEX).sum(1)).sum()
     metrics = {"loss": cross_entropy, "router_aux_loss": auxiliary, "expert_load": load}
@@ -97,18 +106,29 @@ def load_balancing_loss(
     return experts * (sent / tokens * (probability / tokens)).sum(1), torch.stack(load)
 
 
-def _cross_entropy_head(batch: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def _cross_entropy_head(
+    batch: Mapping[str, Tensor], z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     positions = batch["label_positions"]
 
-    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         valid = hidden.flatten(0, 1).index_select(0, positions)
         targets = batch["labels"].flatten().index_select(0, positions)
-        return linear_cross_entropy_sum(valid, weight, targets)
+        return linear_cross_entropy_sum(
+            valid, weight, targets, z_loss=z_loss, label_smoothing=label_smoothing
+        )
 
     return head
 
 
-def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """`cross_entropy(hidden @ weight.T, targets, reduction="sum")` without ever holding all logits.
 
     Logits are made chunk by chunk and turned into their own gradient at once, so that backward has nothing left to
@@ -119,39 +139,76 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) ->
         hidden: [N, D].
         weight: [V, D].
         targets: [N] int64, every one valid.
+        z_loss: weight of the squared logarithm of the softmax's denominator, which keeps logits near zero
+            (https://arxiv.org/abs/2204.02311, section 5).
+        label_smoothing: share of the target that is spread evenly over the vocabulary
+            (https://arxiv.org/abs/1512.00567).
 
     Returns:
-        Scalar fp32.
+        The sum to differentiate, and of it the cross-entropy alone, without gradient; scalars in fp32.
     """
-    loss = _LinearCrossEntropySum.apply(hidden, weight, targets, torch.is_grad_enabled())
-    assert isinstance(loss, Tensor)
-    return loss
+    objective, cross_entropy = _LinearCrossEntropySum.apply(
+        hidden, weight, targets, torch.is_grad_enabled(), z_loss, label_smoothing
+    )
+    return objective, cross_entropy
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits exist at once."""
+    size = CHUNK_BYTES
+    if device.type == "cuda" and torch.cuda.is_available():
+        size = max(size, int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE))
+    return max(1, size // (4 * vocabulary))
+
+
+def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """[n, V] in fp32; `buffer` [n, V], of the type of `hidden`, may be overwritten."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        # The product is summed in fp32 anyway: not rounding it saves a pass over it.
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return torch.mm(hidden, weight.T, out=buffer).float()
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        training: bool,
+        z_loss: float,
+        label_smoothing: float,
+    ) -> tuple[Tensor, Tensor]:
         hidden_needs, weight_needs = (training and needed for needed in ctx.needs_input_grad[:2])
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if hidden_needs else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs else None
-        chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        chunk = chunk_rows(weight.shape[0], hidden.device)
         # One buffer for all chunks: on CPU each new one would be fresh pages to fault in.
         buffer = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, min(start + chunk, hidden.shape[0]))
             h, target = hidden[rows], targets[rows].unsqueeze(1)
-            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()
+            logits = _logits(h, weight, buffer[: len(h)])
             target_logits, peak = logits.gather(1, target), logits.amax(1, keepdim=True)
+            mean_logits = logits.mean(1, keepdim=True) if label_smoothing else target_logits
             # Softmax, written over the logits: the maximum keeps exp finite.
             softmax = logits.sub_(peak).exp_()
             total = softmax.sum(1, keepdim=True)
-            loss += (total.log() + peak - target_logits).sum()
+            log_total = total.log() + peak
+            cross_entropy = log_total - target_logits
+            objective = cross_entropy.lerp(log_total - mean_logits, label_smoothing)
+            sums += torch.cat([objective + z_loss * log_total**2, cross_entropy], 1).sum(0)
             if hidden_grad is None and weight_grad is None:
                 continue
-            # d loss / d logits = softmax - one_hot.
-            grad = softmax.div_(total)
-            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
+            # d objective / d logits = (1 + 2 z log_total) softmax - smoothing / V - (1 - smoothing) one_hot.
+            grad = softmax.mul_((1 + 2 * z_loss * log_total) / total)
+            if label_smoothing:
+                grad -= label_smoothing / weight.shape[0]
+            grad.scatter_add_(
+                1, target, grad.new_full((1, 1), label_smoothing - 1).expand_as(target)
+            )
             grad = grad.to(hidden.dtype)
             if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[rows])
@@ -163,15 +220,17 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 weight_grad += grad.T @ h
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
-        return loss
+        objective, cross_entropy = sums[0].clone(), sums[1].clone()  # FSDP wants no views
+        ctx.mark_non_differentiable(cross_entropy)
+        return objective, cross_entropy
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        (loss_grad,) = grad_outputs
+        loss_grad, _ = grad_outputs
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
             # In fp32: a factor rounded to bf16 would scale every gradient below the head by the same wrong 0.2 %.
             hidden_grad = (hidden_grad.float() * loss_grad).to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = (weight_grad * loss_grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None
+        return hidden_grad, weight_grad, None, None, None, None

@@ -135,7 +135,10 @@ def test_a_slurm_job_is_saved_and_requeued_on_its_warning(tmp_path: Path) -> Non
         )  # fmt: skip
         try:
             deadline = time.monotonic() + 120
-            while not (output_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            rows = output_dir / "metrics.jsonl"
+            while time.monotonic() < deadline and not (
+                rows.exists() and '"loss"' in rows.read_text(encoding="utf-8")
+            ):
                 time.sleep(0.1)
             job.send_signal(signal.SIGUSR1)  # to the batch shell alone
             code = job.wait(timeout=60)

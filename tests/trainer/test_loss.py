@@ -68,17 +68,39 @@ def test_value_and_gradients_are_those_of_full_logits(
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows_per_chunk * 4 * V)
     hidden, weight, targets = _inputs()
     value, hidden_grad, weight_grad = _reference(hidden, weight, targets)
-    loss = linear_cross_entropy_sum(hidden, weight, targets)
+    loss = linear_cross_entropy_sum(hidden, weight, targets)[0]
     (loss * 0.37).backward()
     torch.testing.assert_close(loss.double(), value, rtol=1e-6, atol=0)
     torch.testing.assert_close(hidden.grad.double(), 0.37 * hidden_grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weight.grad.double(), 0.37 * weight_grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("z_loss", "label_smoothing"), [(0.1, 0.0), (0.0, 0.2), (0.1, 0.2)])
+def test_z_loss_and_label_smoothing_are_those_of_full_logits(
+    monkeypatch: pytest.MonkeyPatch, z_loss: float, label_smoothing: float
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 7 * 4 * V)
+    hidden, weight, targets = _inputs()
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    logits = h @ w.T
+    expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    expected = expected + z_loss * logits.logsumexp(1).square().sum()
+    expected.backward()
+    objective, cross_entropy = linear_cross_entropy_sum(
+        hidden, weight, targets, z_loss=z_loss, label_smoothing=label_smoothing
+    )
+    objective.backward()
+    torch.testing.assert_close(objective.double(), expected, rtol=1e-6, atol=0)
+    exact = _reference(hidden, weight, targets)[0]
+    torch.testing.assert_close(cross_entropy.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hidden.grad.double(), h.grad, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(weight.grad.double(), w.grad, rtol=1e-5, atol=2e-6)
+
+
 def test_a_chunk_smaller_than_one_row_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
     hidden, weight, targets = _inputs()
-    loss = linear_cross_entropy_sum(hidden, weight, targets)
+    loss = linear_cross_entropy_sum(hidden, weight, targets)[0]
     torch.testing.assert_close(
         loss.double(), _reference(hidden, weight, targets)[0], rtol=1e-6, atol=0
     )
@@ -87,7 +109,7 @@ def test_a_chunk_smaller_than_one_row_still_works(monkeypatch: pytest.MonkeyPatc
 def test_bf16_inputs_give_an_fp32_loss_and_bf16_gradients() -> None:
     hidden, weight, targets = _inputs(torch.bfloat16, n=1000)
     value, hidden_grad, weight_grad = _reference(hidden, weight, targets)
-    loss = linear_cross_entropy_sum(hidden, weight, targets)
+    loss = linear_cross_entropy_sum(hidden, weight, targets)[0]
     loss.backward()
     assert loss.dtype == torch.float32
     # Single logits carry bf16 rounding (2**-9); the sum of a thousand losses must be far better than that.
@@ -101,8 +123,8 @@ def test_bf16_hidden_gradient_is_not_biased_by_the_scale_of_the_loss() -> None:
     # Between two neighbours of bf16: a rounded factor would be off by 0.2 % in every element alike.
     scale = 1 + 2**-8 + 2**-9 - 2**-12
     hidden, weight, targets = _inputs(torch.bfloat16, n=1000)
-    (grad,) = torch.autograd.grad(linear_cross_entropy_sum(hidden, weight, targets), hidden)
-    loss = linear_cross_entropy_sum(hidden, weight, targets)
+    (grad,) = torch.autograd.grad(linear_cross_entropy_sum(hidden, weight, targets)[0], hidden)
+    loss = linear_cross_entropy_sum(hidden, weight, targets)[0]
     (scaled,) = torch.autograd.grad(loss, hidden, torch.tensor(scale))
     grad, scaled = grad.double(), scaled.double()
     assert abs(float((grad * scaled).sum() / (grad * grad).sum()) - scale) < 3e-4
@@ -110,7 +132,7 @@ def test_bf16_hidden_gradient_is_not_biased_by_the_scale_of_the_loss() -> None:
 
 def test_no_valid_token_is_loss_zero_and_zero_gradients() -> None:
     hidden, weight, targets = _inputs(n=0)
-    loss = linear_cross_entropy_sum(hidden, weight, targets)
+    loss = linear_cross_entropy_sum(hidden, weight, targets)[0]
     loss.backward()
     assert loss.item() == 0.0
     assert hidden.grad.shape == (0, D)
@@ -138,7 +160,7 @@ def test_a_frozen_weight_gets_no_gradient_and_costs_none() -> None:
     hidden, weight, targets = _inputs()
     weight.requires_grad_(False)
     with _Shapes() as record:
-        linear_cross_entropy_sum(hidden, weight, targets).backward()
+        linear_cross_entropy_sum(hidden, weight, targets)[0].backward()
     assert weight.grad is None
     assert (V, D) not in record.shapes
     torch.testing.assert_close(
@@ -152,7 +174,7 @@ def test_without_gradients_nothing_of_backward_is_computed(
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 8 * 4 * V)
     hidden, weight, targets = _inputs()
     with torch.no_grad(), _Shapes() as record:
-        loss = linear_cross_entropy_sum(hidden, weight, targets)
+        loss = linear_cross_entropy_sum(hidden, weight, targets)[0]
     assert not loss.requires_grad
     assert not {(V, D), (N, D)} & set(record.shapes)
     torch.testing.assert_close(
@@ -164,6 +186,6 @@ def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 8 * 4 * V)
     hidden, weight, targets = _inputs(n=400)
     with _Shapes() as record:
-        linear_cross_entropy_sum(hidden, weight, targets).backward()
+        linear_cross_entropy_sum(hidden, weight, targets)[0].backward()
     with_vocabulary = [shape for shape in record.shapes if V in shape and D not in shape]
     assert with_vocabulary and max(max(set(s) - {V}, default=0) for s in with_vocabulary) <= 8
