@@ -23,7 +23,9 @@ class Gpu:
     name: str
     bf16_flops: float
     memory_gib: float
-    """All of it, as torch counts it."""
+    """What its name says."""
+    torch_gib: float
+    """All that torch finds."""
     memory_bytes_per_second: float
     link_bytes_per_second: float
     """Between the GPUs of a node, in one direction."""
@@ -36,15 +38,16 @@ class Gpu:
     """Between the GPU and pinned memory of its host, in one direction: PCIe 5.0 x16 as it is reached."""
 
 
+_GIB = 2**30
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100-sxm", 989e12, 79.1, 3.35e12, 450e9, 50e9),
+        Gpu("h100-sxm", 989e12, 80e9 / _GIB, 79.1, 3.35e12, 450e9, 50e9),
         # The bridge joins pairs; 80 Gb/s Ethernet for both GPUs of an Azure NC80adis_H100_v5.
-        Gpu("h100-nvl", 835e12, 93.1, 3.9e12, 300e9, 5e9, gpus_per_node=2),
+        Gpu("h100-nvl", 835e12, 94e9 / _GIB, 93.1, 3.9e12, 300e9, 5e9, gpus_per_node=2),
         # 96 GB of HBM2e at 500 W, in which torchtitan's published numbers were measured.
-        Gpu("h100-500w", 989e12, 95.0, 2.0e12, 450e9, 50e9, capped_power=True),
-        Gpu("h200", 989e12, 139.8, 4.8e12, 450e9, 50e9),
+        Gpu("h100-500w", 989e12, 96e9 / _GIB, 95.0, 2.0e12, 450e9, 50e9, capped_power=True),
+        Gpu("h200", 989e12, 141e9 / _GIB, 139.8, 4.8e12, 450e9, 50e9),
     )
 }
 

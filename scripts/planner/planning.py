@@ -59,12 +59,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return _FRAGMENTED * self.allocated_gib + OUTSIDE_GIB <= self.gpu.memory_gib
+        return _FRAGMENTED * self.allocated_gib + OUTSIDE_GIB <= self.gpu.torch_gib
 
     @property
     def tight(self) -> bool:
         """It fits, but only while the allocator gives memory of one stream to another."""
-        return self.fits and self.reserved_gib + OUTSIDE_GIB > self.gpu.memory_gib
+        return self.fits and self.reserved_gib + OUTSIDE_GIB > self.gpu.torch_gib
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -220,7 +220,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "trained_parameters": plan.memory.trained_parameters,
         "memory_allocated_gib": plan.allocated_gib,
         "memory_reserved_gib": plan.reserved_gib,
-        "memory_gpu_gib": plan.gpu.memory_gib,
+        "memory_gpu_gib": plan.gpu.torch_gib,
         "memory_parts_gib": _gib(plan.memory.parts),
         "memory_phases_gib": {
             phase: {"total": parts.total() / _GIB, **_gib(parts)}
@@ -271,7 +271,7 @@ def to_text(plan: Plan) -> str:
         aligned(table),
         "",
         f"memory   {plan.allocated_gib:.1f} GiB allocated, {plan.reserved_gib:.1f} reserved, about {OUTSIDE_GIB:g} beside; "
-        f"the GPU has {plan.gpu.memory_gib:.1f}: {verdict}",
+        f"the GPU has {plan.gpu.torch_gib:.1f}: {verdict}",
         f"speed    {time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU ({low:,.0f} to {high:,.0f}), "
         f"MFU {values['mfu_pct']:.0f} %, HFU {values['hfu_pct']:.0f} %, bound by {time.bound_by}",
         f"step     {time.seconds:.2f} s: "
