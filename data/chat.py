@@ -30,6 +30,7 @@ from tokenizers import Encoding, Tokenizer
 
 from data.errors import DataError
 from data.files import BrokenRow
+from data.limits import REMEDY, TEMPLATE_CHARACTERS, TEMPLATE_GIB, bounded
 from data.words import Words, WordTokenizer, word_tokenizer
 
 if TYPE_CHECKING:
@@ -283,7 +284,20 @@ class ChatTemplate:
                 "the tokenizer has no chat template; use the one of an instruct model, or put "
                 "chat_template.jinja beside it"
             )
-        self._probe()
+        if len(str(tokenizer.chat_template)) > TEMPLATE_CHARACTERS:
+            raise DataError(
+                f"the chat template has more than {TEMPLATE_CHARACTERS:,} characters; {REMEDY}"
+            )
+        try:
+            with bounded("the chat template", gib=TEMPLATE_GIB):
+                self._probe()
+        except DataError:
+            raise
+        except Exception as error:  # a template is a program: it raises whatever it likes
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"the chat template fails on a plain conversation ({line}); {REMEDY}"
+            ) from error
 
     def _probe(self) -> None:
         """Find the prompt's ending, the header and the end token of an assistant turn."""
@@ -336,13 +350,16 @@ class ChatTemplate:
     ) -> list[_Rendered | Excluded]:
         """The text and assistant turns of the examples of each row; `first` is the first's index."""
         results: list[_Rendered | Excluded] = []
-        for index, row in enumerate(rows, first):
-            try:
-                refuse_broken(row)
-                conversation = to_conversation(row) if to_conversation else row
-                results += self._render_row(index, conversation)
-            except Unusable as reason:
-                results.append(Excluded(index, str(reason)))
+        # No bound of memory here: beside training it would be that of other threads as well.
+        with bounded(f"the chat template, in one of the rows from {first} on,") as restart:
+            for index, row in enumerate(rows, first):
+                restart()
+                try:
+                    refuse_broken(row)
+                    conversation = to_conversation(row) if to_conversation else row
+                    results += self._render_row(index, conversation)
+                except Unusable as reason:
+                    results.append(Excluded(index, str(reason)))
         return results
 
     def _render_row(self, index: int, row: Row) -> list[_Rendered]:

@@ -434,6 +434,8 @@ def _explain_hub_error(
     what = f"dataset {name}" + (f" at revision {revision}" if revision else "")
     if isinstance(error, HFValidationError):
         return f"data.name {name!r} is not a repository name; write it as org/name"
+    if type(error) is ValueError:  # of a name in the repository that leads out of the cache
+        return f"{what}: refused by the hub's client: {one_line(error)}"
     if isinstance(error, GatedRepoError):
         return (
             f"{what}: access is gated; accept its terms on the hub and set HF_TOKEN to a token "

@@ -122,7 +122,12 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, place: str) -> str | None:
             f"{place} is not a Jinja template (line {error.lineno}: {error.message}); mend it, or give "
             "--model.chat_template native, chatml or another file"
         ) from None
-    except (TemplateError, TypeError, ValueError):  # not for such a conversation: rows will tell
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ):  # not for such a conversation: rows will tell
         text = answer + (END_OF_TURN if END_OF_TURN in str(tokenizer.chat_template) else "")
     behind = text.rpartition(answer)[2].lstrip()
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from functools import cache
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
+from types import TracebackType
 from typing import (
     Any,
     Literal,
@@ -203,6 +205,19 @@ def printable(text: str) -> str:
     Names, values and data come from files: none of their control characters may reach a terminal.
     """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable` text that keeps its line breaks."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """In place of `sys.excepthook`: the message of an error that nobody expected may hold data."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(printable_lines(text), file=sys.stderr, end="", flush=True)
 
 
 class CommandLineError(ValueError):

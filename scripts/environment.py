@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import tempfile
 from contextlib import suppress
@@ -42,11 +43,17 @@ def use_cache_dir(cache_dir: str) -> Path:
             f"use_cache_dir({str(root)!r}) was called after the import of {', '.join(imported)}, "
             "which already chose other folders: call it first"
         )
+    keep_others_out()
     _require_writable(root)
     _keep_saved_token()
     os.environ.update(settings)
     _quiet_libraries()
     return root
+
+
+def keep_others_out() -> None:
+    """Let no file or folder of this process be writable by everybody, whatever the shell's umask allows."""
+    os.umask(os.umask(0o077) | stat.S_IWOTH)
 
 
 def remove_launcher_folders() -> None:

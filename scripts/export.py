@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.command_line import printable
+from scripts.environment import keep_others_out
+
 if TYPE_CHECKING:
     import torch
 
@@ -69,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.max_shard_gib > 0:
         parser.error("--max_shard_gib must be above 0")
 
+    keep_others_out()
     import torch
 
     from models.errors import ModelError
@@ -95,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
             f"exported to {arguments.folder}"
         )
     except (ModelError, TrainError) as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
+        print(f"export.py: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("export.py: interrupted; nothing was written", file=sys.stderr)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.command_line import printable, printable_lines
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
                 base=base,
             )
         except (ModelError, TrainError) as error:
-            parser.exit(2, f"generate.py: error: {error}\n")
+            parser.exit(2, f"generate.py: error: {printable(str(error))}\n")
         answer(folder, arguments.prompt, max_new_tokens=arguments.max_new_tokens)
     return 0
 
@@ -100,8 +102,8 @@ def answer(
 
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hf = AutoModelForCausalLM.from_pretrained(model)
-    tokenizer = AutoTokenizer.from_pretrained(adapter or model)
+    hf = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(adapter or model, trust_remote_code=False)
     if adapter is not None:
         if len(tokenizer) > hf.config.vocab_size:  # tokens were added, whose rows the adapter holds
             hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -114,7 +116,7 @@ def answer(
         device=device,
     )
     for prompt, text in zip(prompts, answers, strict=True):
-        print(f"{prompt}\n  {text}")
+        print(printable_lines(f"{prompt}\n  {text}"))
 
 
 if __name__ == "__main__":

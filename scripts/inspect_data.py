@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.command_line import CommandLineError, parse_run_config, printable
+from scripts.command_line import CommandLineError, parse_run_config, printable, printable_lines
 from scripts.config import TrainConfig
 from scripts.environment import use_cache_dir
 
@@ -227,7 +227,7 @@ def html_page(rows: Sequence[Row], ledger: str, *, seq_len: int) -> str:
 
 def visible(text: str) -> str:
     """`printable` text that keeps its line breaks, each shown as well."""
-    return "\\n\n".join(printable(line) for line in text.split("\n"))
+    return printable_lines(text).replace("\n", "\\n\n")
 
 
 def _documents(row: Row) -> Iterator[tuple[int, list[dict[str, Any]]]]:

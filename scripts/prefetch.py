@@ -76,7 +76,7 @@ def _fill(config: PrefetchConfig, cache_dir: Path) -> None:
     for found in prepared["evaluation"]:
         print(summary(found, held_out_split(config) or ""))
     if config.data.streaming:
-        print(f"{prepared['stream']['name']}: read while training, not fetched")
+        print(printable(f"{prepared['stream']['name']}: read while training, not fetched"))
 
 
 def _check(config: PrefetchConfig, cache_dir: Path) -> int:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from data.config import DataConfig, source_configs
 from data.embedded import build_tokenizer
 from data.errors import DataError
+from data.limits import TEMPLATE_GIB, bounded
 from data.mixture import Mixture, mix
 from data.prepare import Task, prepare_tokens, tokenizer_key
 from data.sources import Row, Source, hub_commit, load_rows, shown_url, stream_rows
@@ -29,6 +30,7 @@ from models.build import build_model, check_fits, check_packing, read_model_conf
 from models.errors import ModelError
 from models.hub import check_snapshot, fetch_model
 from models.tokenizer import load_tokenizer
+from scripts.command_line import printable
 from scripts.config import TrainConfig
 from scripts.extensions import row_transform
 from scripts.partial import freeze_rest, trains_part
@@ -204,7 +206,8 @@ def stream_rows_of_rank(
 
 def prepared_place(output: str, split: str) -> str:
     """Where prepare_data.py puts the tokens of a split within its --output, a folder or URL."""
-    return f"{output.rstrip('/')}/{re.sub(r'[^A-Za-z0-9._-]', '_', split)}"
+    # Of dots alone a split's name would be the folder itself, or the one above.
+    return f"{output.rstrip('/')}/{re.sub(r'[^A-Za-z0-9._-]|^[.]+$', '_', split)}"
 
 
 def fetch_prepared(place: str, tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Path:
@@ -240,7 +243,7 @@ def say_fetching(name: str, cache_dir: Path) -> None:
 
     # A download may take an hour, and its bar is only seen on a terminal.
     if not constants.HF_HUB_OFFLINE:
-        print(f"fetching {name} to {cache_dir}", file=sys.stderr, flush=True)
+        print(printable(f"fetching {name} to {cache_dir}"), file=sys.stderr, flush=True)
 
 
 def embedded_tokenizer_folder(tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Path:
@@ -269,12 +272,14 @@ def uses_embedded_data(config: TrainConfig) -> bool:
 
 
 def read_tokenizer(config: TrainConfig, cache_dir: Path, folder: str) -> PreTrainedTokenizerBase:
-    return load_tokenizer(
-        Path(folder),
-        cache_dir=cache_dir,
-        add_special_tokens=config.model.add_special_tokens,
-        chat_template=config.model.chat_template,
-    )
+    # It asks the chat template what ends a turn.
+    with bounded("the chat template", gib=TEMPLATE_GIB):
+        return load_tokenizer(
+            Path(folder),
+            cache_dir=cache_dir,
+            add_special_tokens=config.model.add_special_tokens,
+            chat_template=config.model.chat_template,
+        )
 
 
 def pin_revisions(config: TrainConfig, output_dir: Path) -> TrainConfig:

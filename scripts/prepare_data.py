@@ -118,7 +118,7 @@ def _prepare(config: PrepareConfig, shard: tuple[int, int], cache_dir: Path) -> 
                 output = config.output.rstrip("/") + (f"/{number}" if config.data.sources else "")
                 place = prepared_place(output, split)
                 upload_folder(Path(found["packs"]).parent, place)
-                print(f"copied to {shown_url(place)}", flush=True)
+                print(printable(f"copied to {shown_url(place)}"), flush=True)
 
 
 def summary(found: dict[str, Any], split: str) -> str:

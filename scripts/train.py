@@ -10,6 +10,7 @@ import hashlib
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
@@ -17,7 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.command_line import CommandLineError, parse_train_config, to_yaml
+from scripts.command_line import (
+    CommandLineError,
+    parse_train_config,
+    print_traceback,
+    printable,
+    to_yaml,
+)
 from scripts.config import TrainConfig, output_folder
 from scripts.environment import remove_launcher_folders, use_cache_dir
 from trainer.crashes import Attempt
@@ -45,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         KeyboardInterrupt,
     ):  # before the first step, or ctrl-C while the state is saved
         number = stop.signal or signal.SIGINT
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and not _is_hopeless(argv):
             how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
             print(f"train.py: {how}", file=sys.stderr, flush=True)
         return 128 + number
@@ -77,10 +84,12 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
             raise Stopped(stop.signal) from None
         if attempt is not None and stop.signal is None:
             attempt.record(error, final=not isinstance(error, TransientError))
+        if attempt is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            return 2  # a command line that is wrong stays wrong, and the first attempt has said how
         with stop.deferred():  # the launcher may end this rank while it reports
             ranks = ranks or meet()
             if claim_report(ranks):
-                print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+                print(f"train.py: error: {printable(str(error))}", file=sys.stderr, flush=True)
             if not lost:  # then nobody is there to wait for
                 leave(ranks)
         return 2 if isinstance(error, CommandLineError) else 1
@@ -92,6 +101,13 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
         raise
 
 
+def _is_hopeless(argv: list[str] | None) -> bool:
+    """Whether the launcher ends this rank because its siblings have just ended, with nothing left to say."""
+    with suppress(Exception):
+        return _attempt(parse_train_config(argv)).is_hopeless()
+    return False
+
+
 def _attempt(config: TrainConfig) -> Attempt:
     text = to_yaml(config)
     return Attempt(
@@ -101,4 +117,5 @@ def _attempt(config: TrainConfig) -> Attempt:
 
 
 if __name__ == "__main__":
+    sys.excepthook = print_traceback
     sys.exit(main())

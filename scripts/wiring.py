@@ -32,6 +32,7 @@ from scripts.batching import (
     slices,
     total_ledger,
 )
+from scripts.command_line import printable_lines
 from scripts.config import TrainConfig, output_folder
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
 from scripts.extensions import check_extensions
@@ -147,7 +148,11 @@ class Pieces:
 
 def _run(job: Job, at_end: ExitStack) -> int:
     config, ranks = job.config, job.ranks
-    say: Say = partial(print, flush=True) if ranks.is_first else lambda _: None
+
+    def say(text: str) -> None:
+        if ranks.is_first:
+            print(printable_lines(text), flush=True)
+
     run = assemble(job, at_end)
     _announce(job, run, say)
     goodput = Goodput(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -207,6 +208,9 @@ def start(
     )
     if device_type == "cuda":
         torch.cuda.set_device(device)
+    if ranks.nodes == 1 and sys.platform == "linux":
+        # Ranks of one node meet on the loopback interface: nobody else can reach what gloo listens on.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
         store=ranks.store or dist.HashStore(),

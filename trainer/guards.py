@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import resource
 import statistics
 import time
 import zlib
@@ -356,4 +357,6 @@ def _held() -> str:
         )
     pages = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PHYS_PAGES")
     free, total = (count * os.sysconf("SC_PAGE_SIZE") / 2**30 for count in pages)
-    return f"{free:.1f} of the machine's {total:.1f} GiB are free"
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    bound = "" if limit == resource.RLIM_INFINITY else f" (ulimit -v: {limit / 2**30:.1f})"
+    return f"{free:.1f} of the machine's {total:.1f} GiB are free{bound}"

@@ -123,7 +123,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Facts]:
         raise ValueError(f"its format is {manifest['format']}, this program writes {FORMAT}")
     for name, facts in manifest["files"].items():
         if set(facts) != {"bytes", "sha256"} or ".." in Path(name).parts or name[:1] == "/":
-            raise ValueError(f"its entry {name} is no file's")
+            raise ValueError(f"its entry {name!r} is no file's")
     return manifest["files"]
 
 
@@ -142,7 +142,8 @@ def damage(checkpoint: Path, *, hashes: bool = True, share: int = 0, shares: int
         return f"{MANIFEST} cannot be read ({error})"
     present = _present(checkpoint)
     if present != set(expected):
-        return f"files missing or left over: {', '.join(sorted(present ^ set(expected)))}"
+        odd = ", ".join(sorted(present ^ set(expected)))
+        return f"files missing or left over: {odd if odd.isprintable() else ascii(odd)}"
     for number, (name, facts) in enumerate(sorted(expected.items())):
         path = checkpoint / name
         try:

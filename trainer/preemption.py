@@ -41,7 +41,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._since = 0.0
-        self._deferred = self._trained = False
+        self._deferred = self._trained = self._failed = False
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -55,10 +55,17 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While this holds, a signal is only remembered."""
+        """While this holds, a signal is only remembered.
+
+        If an error ends it, what a launcher then sends is no request: it ends the siblings of a rank that failed, and
+        the error is what has to be told.
+        """
         self._deferred = self._trained = True
         try:
             yield
+        except BaseException:
+            self._failed = True
+            raise
         finally:
             self._deferred = False
 
@@ -70,11 +77,13 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: object) -> None:
         if self.signal is None:
-            self.signal, self._since = signal.Signals(number), time.monotonic()
-            if not self._trained:
+            if not self._trained or self._failed:
                 late = threading.Timer(LATEST_SECONDS, os._exit, [128 + number])
                 late.daemon = True
                 late.start()
+            if self._failed:
+                return
+            self.signal, self._since = signal.Signals(number), time.monotonic()
             if not self._deferred:
                 raise Stopped(self.signal)
         elif number == signal.SIGINT:

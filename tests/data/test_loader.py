@@ -180,7 +180,9 @@ def test_a_step_has_the_same_samples_for_any_number_of_ranks(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_continues_the_sequence_over_epoch_edges(store: TokenStore, workers: int) -> None:
+def test_D12_resuming_continues_the_sequence_at_and_behind_epoch_edges(
+    store: TokenStore, workers: int
+) -> None:
     packs = len(pack(store.lengths, seq_len=SEQ_LEN))
     whole = list(itertools.islice(_batches(store), 2 * packs))
     for start in (2, packs // 2 * 2, packs // 2 * 2 + 2):
@@ -188,6 +190,9 @@ def test_resuming_continues_the_sequence_over_epoch_edges(store: TokenStore, wor
         expected = whole[start // 2 : start // 2 + 3]
         for batch, again in zip(expected, itertools.islice(resumed, 3), strict=True):
             assert all(torch.equal(batch[name], again[name]) for name in batch)
+        # And once more in the same epoch.
+        twice = next(iter(_batches(store, start_sample=start + 2, workers=workers)))
+        assert all(torch.equal(batch, twice[name]) for name, batch in expected[1].items())
 
 
 def test_iterating_leaves_the_global_random_state_alone(store: TokenStore) -> None:

@@ -249,7 +249,7 @@ def test_an_upload_that_fails_leaves_no_meta(tmp_path: Path, cache_dir: Path) ->
         fetch_folder("memory://bucket/tokens", cache_dir)
 
 
-def test_names_that_lead_out_of_the_folder_are_refused(cache_dir: Path) -> None:
+def test_S08_names_that_lead_out_of_the_folder_are_refused(cache_dir: Path) -> None:
     _put("memory://b/ok.jsonl", "a")
     MemoryFileSystem.store["/b/../../x.jsonl"] = MemoryFileSystem.store["/b/ok.jsonl"]
     with pytest.raises(DataError, match="leads out of it"):

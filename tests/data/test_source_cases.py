@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -194,6 +195,20 @@ def test_fingerprints_need_no_writable_cache(tmp_path: Path) -> None:
     file = _write(tmp_path / "a.jsonl", _rows(2))
     (tmp_path / "no-folder").write_text("")
     assert list(_load(file, tmp_path / "no-folder").rows) == _rows(2)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pickle", ".pt", ".bin", ".npy", ".py"])
+def test_S06_pickles_and_programs_are_no_data(tmp_path: Path, cache_dir: Path, suffix: str) -> None:
+    canary = tmp_path / "canary"
+    file = tmp_path / "data" / f"train{suffix}"
+    file.parent.mkdir()
+    file.write_text(f"open({str(canary)!r}, 'w').close()")
+    for path in (file, file.parent):
+        with pytest.raises(DataError, match=r"not a \.jsonl, |holds no \.jsonl, "):
+            load_rows(DataConfig(path=str(path)), "train", cache_dir=cache_dir)
+    assert not canary.exists()
+    runpy.run_path(str(file))
+    assert canary.exists()
 
 
 def test_a_pickled_source_carries_no_rows_and_reads_them_again(

@@ -316,6 +316,24 @@ def test_without_hub_and_cache_it_says_so_at_once(tmp_path: Path, offline: str) 
     assert answer["seconds"] < 5
 
 
+def test_S08_a_hub_cannot_have_a_file_written_outside_of_the_cache(
+    tmp_path: Path, hub: LoopbackHub
+) -> None:
+    find, outside = hub.find, "../../../../../escaped.jsonl"
+
+    def evil(kind: str, name: str, revision: str) -> Any:
+        found = find(kind, name, revision)
+        return found and (found[0], {**found[1], outside: _jsonl(_rows(1))})
+
+    hub.find = evil  # type: ignore[method-assign]
+    # It serves the file to whoever asks for it.
+    commit, files = evil("datasets", "org/chat", "main")
+    assert outside in files and commit == hub.commit("org/chat", kind="datasets")
+    (answer,) = _fetch(tmp_path, {"name": "org/chat"}, HF_ENDPOINT=hub.url)
+    assert "\n" not in answer["error"] and "org/chat" in answer["error"]
+    assert list(tmp_path.rglob("escaped*")) == []
+
+
 def test_refusals_say_what_to_do(tmp_path: Path, hub: LoopbackHub) -> None:
     hub.fail("org/gated", status=403, error_code="GatedRepo", times=99)
     hub.fail("org/private", status=401, error_code="RepoNotFound", times=99)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +115,33 @@ def test_every_damaged_file_is_found(folder: Path) -> None:
     assert find_faults(folder) == []
     (packing / "meta.json").write_text("{}")
     assert len(find_faults(folder)) == 1
+
+
+def test_S06_pickled_arrays_are_refused(folder: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return open, (str(canary), "w")
+
+    packing = prepare_packs(folder, method="best_fit", seq_len=64)
+    evil = np.array([Evil()], dtype=object)
+    for file, read in (
+        (folder / "offsets.npy", lambda: open_tokens(folder)),
+        (packing / "document_ids.npy", lambda: open_packed(packing)),
+    ):
+        whole = file.read_bytes()
+        np.save(file, evil, allow_pickle=True)
+        with pytest.raises(DataError, match="damaged"):
+            read()
+        pickled = pickle.dumps(Evil())
+        file.write_bytes(pickled)  # numpy would take it for a pickled array
+        with pytest.raises(DataError, match="damaged"):
+            read()
+        assert not canary.exists()
+        file.write_bytes(whole)
+    pickle.loads(pickled).close()
+    assert canary.exists()
 
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_overrides_change_the_built_in_model_and_a_folder(
         assert model.hf.base_model.layers[-1].mlp.up_proj.weight.shape == (24, 32)
 
 
-def test_a_value_of_the_wrong_type_is_refused_in_one_line(
+def test_S04_a_value_of_the_wrong_type_is_refused_in_one_line(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     config = ModelConfig(init="random", overrides={"hidden_size": "wide"})
@@ -96,7 +96,7 @@ def test_an_override_of_an_unknown_key_is_refused(
         ('{"model_type": "llama"}', "model_type 'llama'; this trainer knows qwen2, qwen2_moe, "),
     ],
 )
-def test_a_folder_that_is_no_known_model_is_refused(
+def test_S04_a_folder_that_is_no_known_model_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, content: str | None, line: str
 ) -> None:
     if content is not None:

@@ -196,7 +196,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "/outside.safetensors", "a/../../b"])
-def test_an_index_cannot_name_a_file_outside_its_folder(tmp_path: Path, shard: str) -> None:
+def test_S08_an_index_cannot_name_a_file_outside_its_folder(tmp_path: Path, shard: str) -> None:
     folder = tmp_path / "model"
     save_checkpoint(folder)
     (folder / SINGLE_FILE).rename(tmp_path / "outside.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import asdict, replace
@@ -421,6 +422,19 @@ def test_a_mistake_in_a_file_is_one_line_with_its_place(
     file = write(tmp_path, text)
     line = error_of("--config", file)
     assert line.startswith(file) and part in line
+
+
+@pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "name:os.system", "module:os"])
+def test_S07_tags_of_yaml_make_no_objects(tmp_path: Path, tag: str) -> None:
+    canary = tmp_path / "canary"
+    value = f"!!python/{tag} [{canary}]" if "object" in tag else f"!!python/{tag} ''"
+    for text in (f"seed: {value}\n", f"model: {{overrides: {{x: {value}}}}}\n"):
+        line = error_of("--config", write(tmp_path, text))
+        assert "could not determine a constructor" in line
+    assert "expected a mapping" in error_of(f"--model.overrides={{x: {value}}}")
+    assert not canary.exists()
+    made = yaml.unsafe_load(value)  # a loader that is not safe makes it
+    assert canary.exists() or made in (os, os.system)
 
 
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:

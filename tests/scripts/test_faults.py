@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
+import resource
 import signal
 import sys
 import threading
@@ -192,6 +194,34 @@ def test_T14_memory_that_runs_out_is_told_and_not_tried_again(
     assert second.output == ""
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_T14_a_rank_that_may_have_no_more_memory_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    """Its limit is lowered while it trains, to what it has: its activations find no place any more."""
+    args = [
+        *_flags(tmp_path, "--steps=5000", "--data.seq_len=256"),
+        # Activations so large that the C library asks the kernel for each of them.
+        '--model.overrides={"intermediate_size": 16384}',
+    ]
+    with launched(args, tmp_path / "out") as run:
+        run.wait_for(lambda: run.steps() >= 2, seconds=180)
+        rank = run.ranks()[1]
+        sizes = []
+        for _ in range(100):
+            sizes.append(int(Path(f"/proc/{rank}/statm").read_text().split()[0]))
+            time.sleep(0.01)
+        limit = min(sizes) * resource.getpagesize() + (8 << 20)
+        resource.prlimit(rank, resource.RLIMIT_AS, (limit, limit))
+        code, log = run.end(seconds=120)
+    assert code == 1
+    errors = [line for line in log.splitlines() if "error" in line or "stopped by" in line]
+    (line,) = [line for line in errors if "lost the others" not in line]
+    assert "out of memory on rank 1 in step " in line and "tried to allocate 0.0" in line
+    assert f"(ulimit -v: {limit / 2**30:.1f}); lower --micro_batch_size (now 2;" in line
+    assert "Traceback" not in log and log.count("model ") == 1  # no other attempt
+    assert re.fullmatch(r"launch.py: rank [01] ended with exit code 1", log.splitlines()[-1])
+
+
 def _flags(folder: Path, *more: str) -> list[str]:
     return [f"--cache_dir={folder / 'cache'}", *_QUICK, "--checkpoint.every=10", *more]
 
@@ -272,16 +302,18 @@ def _runs(process: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_under_a_schedule_of_faults_ends_in_the_same_weights(
+def test_T03_T05_T07_a_run_under_a_schedule_of_faults_ends_in_the_same_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [*_QUICK, "--steps=40", "--checkpoint.every=5"]
-    kinds = ["terminate", "corrupt"]  # killed and stopped ranks are the test above
-    given = ["--faults=2", "--seed=3", "--within=15", "--kinds", *kinds]
+    flags = [*_QUICK, "--steps=40", "--checkpoint.every=2"]
+    # Killed and stopped ranks are the test above. With this seed each comes once.
+    kinds = ["terminate", "corrupt", "kill-in-save", "exception"]
+    given = ["--faults=4", "--seed=17", "--within=8", "--kinds", *kinds]
 
     assert chaos.main([str(tmp_path), *given, "--", *flags]) == 0
 
     said = capsys.readouterr().out
-    assert said.count("fault ") == 2 and "weights equal, bit for bit" in said
+    assert said.count("fault ") == 4 and "weights equal, bit for bit" in said
+    assert all(said.count(f": {kind} in step") == 1 for kind in kinds)
     log = (tmp_path / "chaos.log").read_text()
     assert log.count("is damaged (") == said.count(": corrupt in step")

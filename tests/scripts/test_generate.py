@@ -15,7 +15,9 @@ pytestmark = pytest.mark.distributed
 _GENERATE = str(ROOT / "scripts" / "generate.py")
 
 
-def test_every_prompt_is_answered(tmp_path: Path) -> None:
+def test_S10_every_prompt_is_answered_and_shown_without_its_control_characters(
+    tmp_path: Path,
+) -> None:
     env = clean_environment(tmp_path / "private")
     model = write_model(tmp_path / "model")
 
@@ -25,7 +27,7 @@ def test_every_prompt_is_answered(tmp_path: Path) -> None:
             _GENERATE,
             str(model),
             "What is 1 + 1?",
-            "Sort: 3 1 2",
+            "Sort: 3 1 2 \x1b[2J",
             "--max_new_tokens=4",
         ],
         timeout=60,
@@ -34,7 +36,8 @@ def test_every_prompt_is_answered(tmp_path: Path) -> None:
 
     assert result.returncode == 0, result.output
     assert "What is 1 + 1?" in result.stdout
-    assert "Sort: 3 1 2" in result.stdout
+    assert "Sort: 3 1 2 \\x1b[2J" in result.stdout
+    assert all(line.isprintable() for line in result.stdout.split("\n"))
     assert result.stderr == ""
     assert [path for path in (tmp_path / "private").rglob("*") if path.is_file()] == []
 

@@ -177,7 +177,7 @@ def test_the_embedded_rows_are_those_that_training_visits_first(
         assert set(labels[len(shown) - 1 :]) <= {IGNORE_INDEX}
 
 
-def test_text_marks_what_is_supervised_and_escapes_what_is_not_printable(
+def test_S10_text_marks_what_is_supervised_and_escapes_what_is_not_printable(
     inspect: Inspect, chat: list[str]
 ) -> None:
     code, out, err = inspect(*chat)

@@ -350,7 +350,7 @@ def test_T08_only_damaged_checkpoints_do_not_start_over(job: Job, tmp_path: Path
         pytest.param(signal.SIGINT, 2, True, id="ctrl-C-torchrun"),
     ],
 )
-def test_a_stopped_run_saves_and_goes_on(
+def test_T01_a_stopped_run_saves_and_goes_on(
     job: Job, tmp_path: Path, number: signal.Signals, nproc: int, whole_group: bool
 ) -> None:
     output_dir = tmp_path / "out"

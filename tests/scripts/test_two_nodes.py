@@ -18,9 +18,13 @@ pytestmark = pytest.mark.distributed
 
 
 def _train_on_two_nodes(
-    tmp_path: Path, cache_dirs: tuple[Path, Path], hub: LoopbackHub, *args: str
+    tmp_path: Path,
+    cache_dirs: tuple[Path, Path],
+    hub: LoopbackHub,
+    *args: str,
+    output_dirs: tuple[str, str] = ("output", "output"),
 ) -> list[CommandResult]:
-    """One rank on each node, which differ by their cache folders alone."""
+    """One rank on each node, which differ by their folders alone."""
     env = {**clean_environment(tmp_path / "private"), "HF_ENDPOINT": hub.url}
     address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
@@ -28,7 +32,7 @@ def _train_on_two_nodes(
     def run(node: int) -> CommandResult:
         options = [
             f"--cache_dir={cache_dirs[node]}",
-            f"--output_dir={tmp_path / 'output'}",
+            f"--output_dir={tmp_path / output_dirs[node]}",
             "--model.name=org/tiny",
             "--data.name=org/chat",
             "--data.seq_len=128",
@@ -70,3 +74,23 @@ def test_nodes_fetch_once_for_every_cache_they_have(tmp_path: Path, shared: bool
     assert ["fetching org/tiny" in result.stderr for result in results] == [True, not shared]
     assert len(losses(tmp_path / "output")) == 1
     assert list(tmp_path.glob("*/.probe-*")) == []
+
+
+@pytest.mark.slow
+def test_nodes_without_a_file_system_in_common_have_no_checkpoint_and_are_told(
+    tmp_path: Path,
+) -> None:
+    cache_dirs = (tmp_path / "cache", tmp_path / "cache")
+    with _serve(tmp_path) as hub:
+        results = _train_on_two_nodes(
+            tmp_path, cache_dirs, hub, output_dirs=("output", "elsewhere")
+        )
+    assert [result.returncode for result in results] == [1, 1]
+    for result in results:
+        told = [line for line in result.stderr.splitlines() if line.startswith("train.py: error")]
+        assert len(told) == 1
+        assert "tensors/__1_0.distcp written by other nodes cannot be seen by the first" in told[0]
+        assert "all nodes need --output_dir on the same file system" in told[0]
+    for name in ("output", "elsewhere"):
+        assert list(tmp_path.glob(f"{name}/checkpoints/step-*")) == []
+    assert len(losses(tmp_path / "output")) == 1  # what was trained is logged

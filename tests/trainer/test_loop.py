@@ -311,7 +311,7 @@ def _stopped() -> Any:
     return results, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_signal_on_one_rank_stops_all_after_the_same_step() -> None:
+def test_T01_a_signal_on_one_rank_stops_all_after_the_same_step() -> None:
     for rank, (results, restored) in enumerate(run_ranks(_stopped, 2)):
         finished, calls, step, samples, caught = results
         # The signal comes after step 2; step 3 learns of it, is finished, and is saved once.

@@ -33,6 +33,18 @@ def test_a_signal_raises_at_once_where_there_is_nothing_to_save(
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_after_an_error_does_not_hide_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.preemption.LATEST_SECONDS", 1e6)
+    stop = StopRequest()
+    with stop.listening():
+        with pytest.raises(KeyError), stop.deferred():
+            raise KeyError("lost")
+        os.kill(os.getpid(), signal.SIGTERM)  # of the launcher, whose other ranks have ended
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signal is None
+
+
 def _program(text: str, *args: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", text, *map(str, args)],
