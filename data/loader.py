@@ -258,6 +258,29 @@ def assemble(
     }
 
 
+def trim(batch: Batch, *, multiple: int = 64) -> Batch:
+    """A micro-batch without the columns behind its longest row: for rows of one document, most of which are short.
+
+    Rows [B, S] become [B, L], with L the longest row's tokens, rounded up to a `multiple` and at most S. What is cut is
+    padding, so every token keeps its label and what it attends to.
+    """
+    rows, seq_len = batch["input_ids"].shape
+    length = min(seq_len, max(1, -(-int(batch["row_tokens"].max()) // multiple)) * multiple)
+    if length == seq_len:
+        return batch
+    part = {
+        name: tensor[:, :length].contiguous() if tensor.shape == (rows, seq_len) else tensor
+        for name, tensor in batch.items()
+    }
+    part["label_positions"] = (part["labels"].flatten() != IGNORE_INDEX).nonzero().flatten()
+    offsets = batch["document_offsets"]
+    row = (offsets - 1).clamp(min=0) // seq_len  # a border between two rows ends the first
+    part["document_offsets"] = row * length + (offsets - row * seq_len).clamp(max=length)
+    tokens, padding, *others = batch["counts"].tolist()
+    part["counts"] = torch.tensor([tokens, padding - rows * (seq_len - length), *others])
+    return _pinned_like(part, batch)
+
+
 def slice_sequence(batch: Batch, rank: int, size: int) -> Batch:
     """What rank `rank` of `size` ranks that share every row (context parallelism) holds of a micro-batch.
 
@@ -271,6 +294,10 @@ def slice_sequence(batch: Batch, rank: int, size: int) -> Batch:
         for name, tensor in batch.items()
     }
     part["label_positions"] = (part["labels"].flatten() != IGNORE_INDEX).nonzero().flatten()
-    # A slice of pinned memory need not be pinned itself, and the host waits where a copy to a GPU begins in other.
+    return _pinned_like(part, batch)
+
+
+def _pinned_like(part: Batch, batch: Batch) -> Batch:
+    """A part of pinned memory need not be pinned itself, and the host waits where a copy to a GPU begins in other."""
     pinned = batch["input_ids"].is_pinned()
     return {name: tensor.pin_memory() if pinned else tensor for name, tensor in part.items()}

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from data.ledger import Ledger
-from data.loader import Batch, PackedBatches, slice_sequence
+from data.loader import Batch, PackedBatches, slice_sequence, trim
 from data.mixture import Mixture
 from data.prepare import tokenizer_key
 from data.streaming import StreamedBatches
@@ -84,10 +84,11 @@ def open_batches(
 
 
 def slices(job: Job, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """This rank's part of each of the micro-batches, where ranks share rows."""
+    """This rank's part of each of the micro-batches, where ranks share rows; and less padding where shapes may vary."""
     data = job.data_rank
     if data.parts == 1:
-        return iter(batches)
+        trims = job.config.data.packing == "none" and not job.config.parallel.compile
+        return map(trim, batches) if trims else iter(batches)
     return (slice_sequence(batch, data.part, data.parts) for batch in batches)
 
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from data.errors import DataError
-from data.loader import IGNORE_INDEX, PackedBatches, read_ahead, slice_sequence
+from data.loader import (
+    IGNORE_INDEX,
+    PackedBatches,
+    assemble,
+    read_ahead,
+    slice_sequence,
+    trim,
+)
 from data.mixture import mix
 from data.packing import pack
 from data.store import PackedStore, TokenStore
@@ -113,6 +120,27 @@ def test_slices_of_rows_make_the_whole_rows(store: TokenStore, size: int) -> Non
         for name in ("document_offsets", "counts", "sample_index"):
             assert torch.equal(part[name], batch[name])
     assert labelled == len(batch["label_positions"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "width"), [([5, 9], 12), ([12, 1], 12), ([13], 16), ([], 4), ([16, 3], 16)]
+)
+def test_a_trimmed_batch_is_the_batch_of_shorter_rows(lengths: list[int], width: int) -> None:
+    random = np.random.default_rng(0)
+    rows = [[(random.integers(1, 1000, n), random.random(n) < 0.5)] for n in lengths] or [[], []]
+    options = {"pad_token_id": PAD, "max_documents": 2 * len(rows)}
+    batch, expected = (
+        assemble(rows, np.arange(len(rows)), seq_len=seq_len, **options)
+        for seq_len in (SEQ_LEN, width)
+    )
+    found = trim(batch, multiple=4)
+    assert found["input_ids"].shape == (len(rows), width)
+    for name in expected.keys() - {"document_offsets"}:
+        assert torch.equal(found[name], expected[name]), name
+    # A full row has no padding behind it, and one border less.
+    borders = [batch["document_offsets"].unique() for batch in (found, expected)]
+    assert torch.equal(*borders)
+    assert found["document_offsets"].dtype == torch.int32
 
 
 def _step_samples(store: TokenStore, world_size: int, micro: int, steps: int) -> list[list[int]]:
