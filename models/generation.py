@@ -56,9 +56,9 @@ def generate_answers(
             )
             for conversation in (prompts[min(i, len(prompts) - 1)] for i in wanted)
         ]
-        inputs = tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        ).to(device)
+        # In two calls: padding in the first would stay in the tokenizer, and be exported with it.
+        encoded = tokenizer(texts, add_special_tokens=False)
+        inputs = tokenizer.pad(encoded, padding_side="left", return_tensors="pt").to(device)
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

@@ -220,7 +220,11 @@ def _answers(checkpoint: Path, tokenizer_folder: Path, counts: list[int]) -> Any
         for count in counts
     ]
     model.reshard()
-    kept = model.training, model.hf.config._attn_implementation == implementation
+    kept = (
+        model.training,
+        model.hf.config._attn_implementation == implementation,
+        tokenizer.backend_tokenizer.padding is None,  # it would be exported
+    )
     causal_lm_loss(model, _batch())[0].backward()  # training goes on
     return answers, kept
 
@@ -251,7 +255,7 @@ def test_greedy_answers_are_those_of_transformers_one_by_one(tmp_path: Path) -> 
             _answers, world_size, checkpoint, tmp_path / "tokenizer", counts
         ):
             assert answers == [expected[:count] for count in counts]
-            assert kept == (True, True)
+            assert kept == (True, True, True)
 
 
 def _end_after(model: PackedCausalLM, end: int, tokens: int) -> list[int]:
