@@ -2,6 +2,7 @@
 
 python scripts/plan.py --model.name Qwen/Qwen3-8B --gpus 2 --gpu h100-nvl [the flags of train.py] [--json]
 python scripts/plan.py ... --search recipe.yaml  (the fastest way to train it that fits)
+python scripts/plan.py ... --scale 2,8,64,512      (the same on so many GPUs)
 python scripts/plan.py --evaluate CSV     (how far predicted speeds are from published measurements)
 python scripts/plan.py --fit CSV          (fit the constants to them)
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +52,9 @@ class PlanConfig(TrainConfig):
     search: str | None = None
     """Look for the fastest way that fits: what is recomputed, rows of a micro-batch, hybrid sharding; at last offload and LoRA. Print them and write the first to this YAML file, for train.py. Takes a minute or more."""
 
+    scale: str | None = None
+    """Print memory and speed of the same run on each of these numbers of GPUs, such as 2,8,64,512."""
+
     json: bool = False
     """Print everything as JSON and nothing else."""
 
@@ -84,6 +89,8 @@ def _check(config: PlanConfig) -> None:
         raise CommandLineError(
             f"--document_length must be at least 1, got {config.document_length}"
         )
+    if config.scale is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.scale):
+        raise CommandLineError(f"--scale takes numbers such as 2,8,64, got {config.scale!r}")
     if not 0 < config.labels_pct <= 100:
         raise CommandLineError(
             f"--labels_pct must be above 0 and at most 100, got {config.labels_pct}"
@@ -121,11 +128,23 @@ def plan(config: PlanConfig) -> int:
         name=name,
         hf_config=hf_config,
         gpu=gpu,
-        gpus=config.gpus,
         document_length=config.document_length,
         labels=config.labels_pct / 100,
         tokens=config.tokens,
     )
+    if config.scale is not None:
+        from scripts.planner import scale
+
+        counts = [int(count) for count in config.scale.split(",")]
+        plans = scale.scaling(
+            config, lambda config, gpus: make(config, gpus=gpus), gpu=gpu, counts=counts
+        )
+        if config.json:
+            print(json.dumps([to_json(made) for made, _ in plans], indent=2))
+        else:
+            print(f"{name} on {gpu.name}\n{scale.as_table(plans)}")
+        return 0
+    make = partial(make, gpus=config.gpus)
     if config.search is not None:
         from scripts.planner.search import as_table, recipe, search
 

@@ -232,3 +232,19 @@ def test_search_writes_the_fastest_way_that_fits(
     assert len(ways) == 8 and speeds == sorted(speeds, reverse=True)  # 4 modes, 1 or 2 rows
     assert ways[0].startswith("2 rows, recompute none")
     assert parse_train_config(["--config", str(file)]).micro_batch_size == 2
+
+
+def test_the_same_run_on_more_gpus(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
+    flags = ["--model.path", str(tiny_folder), "--data.seq_len", "64", "--scale", "2,16"]
+    few, many = planned(capsys, *flags)
+    assert (few["gpus"], many["gpus"]) == (2, 16)
+    assert many["memory_parts_gib"]["parameters"] < few["memory_parts_gib"]["parameters"]
+
+    assert main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[1].split()[:3] == ["GPUs", "sharding", "GiB"]
+
+    assert main([*flags[:-1], "2,x"]) == 2
+    assert "--scale takes numbers such as 2,8,64, got '2,x'" in capsys.readouterr().err
+    assert main([*flags, "--parallel.dp_shard", "2"]) == 1
+    assert "on 16 GPUs: " in capsys.readouterr().err
