@@ -120,8 +120,8 @@ def plan_memory(
         on_gpu=on_gpu,
     )
     layers, last = hf_config.num_hidden_layers, config.model.train_last_layers
-    # What lies between these from either end of the model is no higher than they are, but for what is prefetched there.
-    period, edge = _period(config, hf_config), max(2, config.parallel.prefetch_layers * on_gpu)
+    # From either end of the model on the layers differ by what is prefetched there; between them they do not.
+    period, edge = _period(config, hf_config), 1 + max(1, config.parallel.prefetch_layers * on_gpu)
     # Frozen layers in front and the others: as many as there are, or few of the same remainder.
     whole = (layers - last, last) if last else (0, layers)
     few = [min(n, 2 * edge + (n - 2 * edge) % period) if period else n for n in whole]
