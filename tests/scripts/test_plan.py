@@ -235,7 +235,8 @@ def test_search_writes_the_fastest_way_that_fits(
 
 
 def test_the_same_run_on_more_gpus(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
-    flags = ["--model.path", str(tiny_folder), "--data.seq_len", "64", "--scale", "2,16"]
+    flags = ["--model.path", str(tiny_folder), "--gpu", "h100-sxm", "--data.seq_len", "64"]
+    flags += ["--scale", "2,16"]
     few, many = planned(capsys, *flags)
     assert (few["gpus"], many["gpus"]) == (2, 16)
     assert many["memory_parts_gib"]["parameters"] < few["memory_parts_gib"]["parameters"]
