@@ -14,7 +14,7 @@ _COUNTS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 def launch_fault() -> str | None:
     """One line about a launch that cannot work, for the rank that is started by it; None for any other."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return doubled(_environment_of_parent(), nodes=int(os.environ["GROUP_WORLD_SIZE"]))
+        return doubled(_environment_of_parent(), nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")))
     if "RANK" in os.environ:
         if missing := [name for name in _NEEDED if name not in os.environ]:
             return (

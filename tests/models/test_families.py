@@ -36,6 +36,7 @@ from models.layers import indexed_layers, linear_attention_layers, sparse_layers
 from models.partial import freeze
 from models.tensor_parallel import tensor_parallel_plan
 from models.weights import load_weights
+from scripts.config import TrainConfig
 from scripts.modelling import training_loss
 from tests.models.test_partial import CASES as LORA_CASES
 from tests.support.command import ROOT
@@ -152,7 +153,7 @@ class _Run:
             self.model,
             self.optimizer,
             _batches(self.kind, progress.step + 1),
-            loss_fn=training_loss(self.model),
+            loss_fn=training_loss(TrainConfig(), self.model),
             learning_rate=lambda step: self.config.learning_rate / step,
             optimizer_config=self.config,
             progress=progress,

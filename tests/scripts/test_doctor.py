@@ -16,7 +16,7 @@ from data.config import DataConfig
 from models.config import ModelConfig
 from scripts.config import TrainConfig
 from scripts.doctor import check_fit, check_job, main
-from scripts.environment import _cache_settings
+from scripts.environment import cache_settings
 from scripts.machine import (
     Finding,
     Gpu,
@@ -48,7 +48,7 @@ def doctor(
 ) -> Iterator[Doctor]:
     """The exit code and output of `main`, asking the hub at `url`; the environment it changes is put back."""
     # The libraries are imported already, so their folders have to be set from outside.
-    for name, value in _cache_settings(cache_dir).items():
+    for name, value in cache_settings(cache_dir).items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
 
@@ -121,7 +121,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    for name, value in _cache_settings(tmp_path / "file").items():
+    for name, value in cache_settings(tmp_path / "file").items():
         monkeypatch.setenv(name, value)
     assert main([f"--cache_dir={tmp_path / 'file'}", f"--output_dir={tmp_path / 'out'}"]) == 1
     assert "--cache_dir" in capsys.readouterr().out

@@ -172,7 +172,10 @@ def test_wrong_files_are_one_line(
         (["--parallel.wrap_policy=layers"], "must be transformer, size, module:"),
         (["--parallel.wrap_policy=module:LlamaMLP"], "it has Embedding, Linear, Qwen3Attention"),
         (["--parallel.reshard_after_forward=3"], "3 does not divide the 2 ranks"),
-        (["--parallel.wrap_policy=callable:no.such.policy"], "'no.such.policy' cannot be imported"),
+        (
+            ["--parallel.wrap_policy=callable:no.such.policy"],
+            "no.such.policy: there is no module no",
+        ),
         (["--data.path=nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--data.split=validation"], "split"),
         (["--evaluation.split=validation"], "split"),

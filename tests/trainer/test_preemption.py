@@ -91,7 +91,8 @@ rank.wait()
 _RANK = """
 import os, signal, time
 from trainer.preemption import end_with_launcher
-signal.signal(signal.SIGTERM, lambda *_: (print("told to end", flush=True), os._exit(0)))
+# Not by print, which may be interrupted in a print.
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"told to end\\n"), os._exit(0)))
 end_with_launcher()
 print(os.getpid(), flush=True)
 time.sleep(60)
