@@ -423,7 +423,10 @@ def to_yaml(config: Any) -> str:
 def print_and_exit(text: str) -> NoReturn:
     """Print on rank 0 alone, then leave with exit code 0 on every rank."""
     if os.environ.get("RANK", "0") == "0":
-        print(text.rstrip())
+        try:
+            print(text.rstrip(), flush=True)
+        except BrokenPipeError:  # `--help | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 

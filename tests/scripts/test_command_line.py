@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from scripts.command_line import (
     to_yaml,
 )
 from scripts.config import TrainConfig
-from tests.support.command import clean_environment, run_command
+from tests.support.command import ROOT, clean_environment, run_command
 
 NAMED = ["--model.name", "Qwen/Qwen3-0.6B"]
 
@@ -268,6 +269,14 @@ def test_what_a_stream_cannot_do_is_one_line(flag: str, line: str) -> None:
     steps = [] if "epochs" in flag else ["--steps=2"]
     with pytest.raises(CommandLineError, match=line):
         parse_train_config(["--data.streaming=true", flag, *steps])
+
+
+def test_help_may_be_cut_off_by_who_reads_it() -> None:
+    command = [sys.executable, ROOT / "scripts" / "train.py", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(30) == 0
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
