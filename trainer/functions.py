@@ -81,8 +81,9 @@ def import_function(path: str, *, flag: str, takes: str) -> Callable[..., Any]:
 
 
 def source_digest(path: str) -> str:
-    """What changes when the file of a function that has been imported does: 16 digits of its SHA-256."""
-    file = getattr(sys.modules[path.removeprefix(CALLABLE).rpartition(".")[0]], "__file__", None)
+    """What changes when the file of a function that can be imported does: 16 digits of its SHA-256."""
+    module = importlib.import_module(path.removeprefix(CALLABLE).rpartition(".")[0])
+    file = getattr(module, "__file__", None)
     return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:16]
 
 

@@ -288,6 +288,9 @@ def parallelise(
 
 def compile_layers(layers: Sequence[nn.Module], *, backend: str = "inductor") -> None:
     """Compile the forward of each of `layers`, for the shapes it meets; hooks, FSDP's too, run outside."""
+    if not torch.cuda.is_available():
+        # Compiling for a CPU where there is a CUDA toolkit, torch says on every rank that there is no GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend)
 

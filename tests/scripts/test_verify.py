@@ -154,7 +154,8 @@ def _main(argv: list[str]) -> tuple[int, str, str]:
 def command(tmp_path: Path, *flags: str) -> CommandResult:
     """The real command, which starts its own ranks."""
     args = [sys.executable, SCRIPT, f"--cache_dir={tmp_path / 'cache'}", *flags]
-    return run_command(args, timeout=280, env=clean_environment(tmp_path / "home"))
+    env = clean_environment(tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).parent)}
+    return run_command(args, timeout=280, env=env)
 
 
 def failed(result: CommandResult) -> set[str]:
