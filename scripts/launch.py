@@ -37,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    # What it says of ranks that end is said below, in one line.
+    # What it says of ranks that end is said below, in one line; of signals, by the ranks.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
 
     arguments = parse_args([*DEFAULTS, *(sys.argv[1:] if argv is None else argv)])
     nodes = int(arguments.nnodes.rpartition(":")[2])

@@ -42,11 +42,12 @@ from scripts.partial import adapter_config, added_tokens, freeze_rest, part_reco
 from scripts.preparation import (
     uses_embedded_data,
 )
-from trainer.config import ParallelConfig
+from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.distributed import raise_together
 from trainer.errors import TrainError
 from trainer.loop import LossFunction, evaluate_loss
 from trainer.loss import causal_lm_loss, routed_causal_lm_loss
+from trainer.optimizer import build_optimizer
 from trainer.parallel import DTYPES, parallelise
 
 
@@ -90,6 +91,17 @@ def sharded_without_weights(
         freeze_rest(model, config, tokens)
     shard(model, parallel, mesh, plan)
     return model
+
+
+def optimizer_of(model: PackedCausalLM, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Of what the sharded model trains, with its decoder layers, embedding and head told apart."""
+    return build_optimizer(
+        model,
+        config,
+        layer_classes=decoder_layer_classes(model),
+        embedding=model.embedding.weight,
+        head=model.head.weight,
+    )
 
 
 def shard(

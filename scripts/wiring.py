@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from data.loader import PackedBatches
 from data.mixture import Mixture
 from data.streaming import StreamedBatches
-from models.build import decoder_layer_classes
 from models.causal_lm import PackedCausalLM
 from models.flops import training_flops
 from models.weights import LoadReport
@@ -42,6 +41,7 @@ from scripts.modelling import (
     evaluate_model,
     export,
     judge_first_loss,
+    optimizer_of,
     save_model_files,
     training_loss,
 )
@@ -69,7 +69,7 @@ from trainer.guards import Guards, explain
 from trainer.hardware import choose_device, configure, peak_flops, seed_generators
 from trainer.loop import Progress, Speedometer, train
 from trainer.metrics import MetricsWriter
-from trainer.optimizer import build_optimizer, learning_rates, state_bytes
+from trainer.optimizer import learning_rates, state_bytes
 from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
 from trainer.preemption import Stopped, StopRequest, end_stopped_siblings
@@ -227,13 +227,7 @@ def assemble(job: Job, at_end: ExitStack) -> Pieces:
     model, weights = build_sharded_model(job, tokenizer, mesh)
     # What a model draws while training differs by rank, but not on ranks that compute together.
     seed_generators(config.seed + ranks.rank // config.parallel.tp)
-    optimizer = build_optimizer(
-        model,
-        config.optimizer,
-        layer_classes=decoder_layer_classes(model),
-        embedding=model.hf.get_input_embeddings().weight,
-        head=model.head.weight,
-    )
+    optimizer = optimizer_of(model, config.optimizer)
     checkpointer = Checkpointer(
         job.output_dir / "checkpoints",
         model,

@@ -14,24 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.loss import causal_lm_loss
+
 Z_WEIGHT = 1e-4
 FOCUS = 2.0
 
 
 def z_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy, and a penalty that keeps the logits' normaliser near 1 (https://arxiv.org/abs/2204.02311, section 5).
+    """The usual loss with one of its options: a penalty that keeps the logits' normaliser near 1.
 
     Returns:
         The sum over valid tokens that is differentiated, and what is logged: the cross-entropy alone as `loss`.
     """
-
-    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        logits, targets = _valid_logits(hidden, weight, batch)
-        penalty = logits.logsumexp(-1).square().sum()
-        return F.cross_entropy(logits, targets, reduction="sum"), penalty
-
-    loss, penalty = model(batch, head)
-    return loss + Z_WEIGHT * penalty, {"loss": loss, "z_penalty": penalty}
+    return causal_lm_loss(model, batch, z_loss=Z_WEIGHT)
 
 
 def focal_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

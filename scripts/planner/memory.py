@@ -27,15 +27,15 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, PreTrainedConfig
 
 from models.attention import packed_attention
-from models.build import decoder_layer_classes, materialise
+from models.build import materialise
 from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
 from models.layers import indexed_layers, linear_attention_layers
 from models.partial import decoder_layers
 from scripts.config import TrainConfig
-from scripts.modelling import sharded_without_weights, training_loss
+from scripts.modelling import optimizer_of, sharded_without_weights, training_loss
 from scripts.planner.tracker import GRADIENTS, HOST, MemoryTracker
-from trainer.optimizer import build_optimizer, clip_gradients
+from trainer.optimizer import clip_gradients
 from trainer.parallel import build_mesh, set_gradient_sync, set_prefetch
 
 PARAMETERS, STATE, LOSS = "parameters", "optimizer state", "logits and loss"
@@ -44,15 +44,20 @@ AttentionInterface.register(KERNEL_ATTENTION, partial(packed_attention, kernel=T
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes of the rank that holds most."""
+class Trace:
+    """What layers hold, on the rank that holds most."""
 
     phases: dict[str, Counter[str]]
-    """By part, at the peak of each phase of a step."""
+    """Bytes by part, at the peak of each phase of a step."""
     streams: Counter[str]
-    """The most that each stream allocates: an allocator keeps them apart, and gives nothing back."""
+    """The most bytes that each stream allocates: an allocator keeps them apart, and gives nothing back."""
     trained_parameters: int
     parameters: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan(Trace):
+    """Of a whole model."""
 
     @property
     def peak_phase(self) -> str:
@@ -70,16 +75,6 @@ class MemoryPlan:
     @property
     def reserved_bytes(self) -> int:
         return max(self.streams.total(), self.allocated_bytes)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a few layers hold; phases are named by their place among the layers."""
-
-    phases: dict[str, Counter[str]]
-    streams: Counter[str]
-    trained_parameters: int
-    parameters: int
 
 
 def plan_memory(
@@ -183,7 +178,7 @@ def trace_step(
 ) -> Trace:
     """Bytes by part at the peak of each phase of a step, on rank 0 of `world_size`.
 
-    Layers are told apart up to `edge` of them from either end of the model, and of its frozen part.
+    Phases of layers are named by their place; they are told apart up to `edge` of them from either end of the model, and of its frozen part.
     """
     parallel = replace(config.parallel, compile=False, float8="none")
     config = replace(config, parallel=parallel)
@@ -260,13 +255,7 @@ def _step(
     kept = {name: HOST if offload else name for name in (PARAMETERS, GRADIENTS, STATE)}
     parameters = list(model.parameters())
     tracker.relabel(parameters, kept[PARAMETERS])
-    optimizer = build_optimizer(
-        model,
-        config.optimizer,
-        layer_classes=decoder_layer_classes(model),
-        embedding=model.embedding.weight,
-        head=model.head.weight,
-    )
+    optimizer = optimizer_of(model, config.optimizer)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     optimizer.step()

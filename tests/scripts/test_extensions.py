@@ -12,6 +12,7 @@ import torch
 
 from scripts.command_line import CommandLineError, parse_train_config
 from tests.support.job import EXACT, read_rows, train
+from tests.support.models import packed_batch, random_documents, tiny_model
 from trainer.distributed import sum_over_ranks
 
 OWN = __name__
@@ -184,3 +185,15 @@ def test_a_stream_is_changed_row_by_row(tmp_path: Path) -> None:
     opened = open_stream(config, tmp_path, 2)  # the first row is left out, and tells no format
     assert opened["format"] == "messages"
     assert opened["transform"].startswith(config.transform)
+
+
+def test_the_example_of_a_z_loss_adds_its_penalty_and_logs_the_cross_entropy() -> None:
+    from scripts.examples.losses import Z_WEIGHT, z_loss
+    from trainer.loss import causal_lm_loss
+
+    model, batch = tiny_model(), packed_batch([random_documents([7, 9])], 24)
+    usual, _ = causal_lm_loss(model, batch)
+    logits = model(batch).flatten(0, 1)[batch["label_positions"]]
+    loss, metrics = z_loss(model, batch)
+    torch.testing.assert_close(loss, usual + Z_WEIGHT * logits.logsumexp(-1).square().sum())
+    torch.testing.assert_close(metrics["loss"], usual)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from models.build import decoder_layer_classes, materialise
+from models.build import materialise
 from models.config import LoraConfig, ModelConfig
 from models.errors import ModelError
 from scripts.config import TrainConfig
-from scripts.modelling import sharded_without_weights, training_loss
+from scripts.modelling import optimizer_of, sharded_without_weights, training_loss
 from scripts.planner.memory import (
     KERNEL_ATTENTION,
     MemoryPlan,
@@ -25,7 +25,7 @@ from tests.support.allocations import LiveBytes, register_variable_length_kernel
 from tests.support.models import packed_batch, random_documents, tiny_config, tiny_model
 from tests.support.ranks import run_ranks
 from trainer.config import OptimizerConfig, ParallelConfig
-from trainer.optimizer import build_optimizer, clip_gradients
+from trainer.optimizer import clip_gradients
 from trainer.parallel import build_mesh, set_gradient_sync
 
 S, LABELS = 256, 32
@@ -122,13 +122,7 @@ def _measured(config: TrainConfig, shape: dict[str, Any], grad_accum_steps: int)
         for parameter in model.parameters():
             parameter.fill_(0.01)
     model.hf.set_attn_implementation(KERNEL_ATTENTION)
-    optimizer = build_optimizer(
-        model,
-        config.optimizer,
-        layer_classes=decoder_layer_classes(model),
-        embedding=model.embedding.weight,
-        head=model.head.weight,
-    )
+    optimizer = optimizer_of(model, config.optimizer)
     batch = packed_batch([random_documents([S])], S)
     batch |= {
         "labels": torch.ones(1, S, dtype=torch.int64),
