@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import time
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -94,6 +95,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
     # As layers multiply: of bf16 on some CPUs another order of the memory is several times slower.
     best = min(_seconds(lambda: F.linear(a, b)) for _ in range(5))
     return 2 * size**3 / best, f"{size}x{size} matrix product measured at start"
+
+
+@cache
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices itself (AVX512-BF16, AMX, or NEON's) instead of number by number."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _seconds(work: object) -> float:
