@@ -206,7 +206,7 @@ def test_products_of_a_step_are_its_matrix_flops() -> None:
 def test_overhead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: None
 ) -> None:
-    monkeypatch.setattr(overhead, "DTYPES", ("float32",))
+    monkeypatch.setattr(overhead, "usual_dtypes", lambda: ("float32",))
     file = tmp_path / "numbers.json"
     flags = ["--steps=2", "--blocks=2", "--repeats=1"]
     assert main(["overhead", *flags, "--json", str(file)]) == 0
