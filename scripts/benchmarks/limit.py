@@ -247,7 +247,12 @@ def categories(profile: torch.profiler.profile, seconds: float) -> Result:
 
     What no event covers, and what autograd's and modules' own events have for themselves, is Python and bookkeeping.
     """
-    events = [e for e in profile.events() or [] if e.time_range.elapsed_us() > 0]
+    on_cpu = torch.autograd.DeviceType.CPU
+    events = [
+        event
+        for event in profile.events() or []
+        if event.device_type == on_cpu and event.time_range.elapsed_us() > 0
+    ]
     # The thread that trains is the one with the optimizer; the loader's and others run beside it.
     threads = [event.thread for event in events if event.name.startswith("Optimizer.step")]
     mine = sorted(
@@ -315,8 +320,12 @@ KERNELS = {
     "communication": ("nccl",),
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "matmul": ("gemm", "nvjet", "cutlass", "cublas", "matmul", "xmma"),
-    "copies": ("memcpy", "memset", "copy", "cat"),
+    "copies": ("memcpy", "memset", "copy", "catarray"),
 }
+
+
+# As Kineto names them; annotations, which span kernels, are none.
+_ON_GPU = ("kernel", "concurrent_kernel", "gpu_memcpy", "gpu_memset")
 
 
 def kernels_of(profile: torch.profiler.profile) -> list[Kernel]:
@@ -325,7 +334,7 @@ def kernels_of(profile: torch.profiler.profile) -> list[Kernel]:
     return [
         (event.name(), event.start_ns() / 1e9, event.end_ns() / 1e9)
         for event in profile.profiler.kineto_results.events()
-        if event.device_type() == torch.autograd.DeviceType.CUDA
+        if event.activity_type() in _ON_GPU
     ]
 
 

@@ -204,8 +204,9 @@ def run_main(work: Work, train: Callable[..., bool]) -> list[Result]:
     with logged(folder, "shardloop"), patch.object(scripts.wiring, "train", train):
         code = main(train_arguments(work, output_dir))
     if code != 0:
-        said = (folder / f"shardloop-{os.environ['RANK']}.log").read_text().strip()
-        raise RuntimeError(f"train.py ended with {code}: {said.splitlines()[-1:]}")
+        logs = [file.read_text().splitlines() for file in folder.glob("shardloop-*.log")]
+        last = " ".join(line for lines in logs for line in lines[-1:])  # one rank speaks for all
+        raise RuntimeError(f"train.py ended with {code}: {last}")
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "loss" in row]
 
