@@ -183,6 +183,7 @@ def test_extras_that_the_flags_need_are_versions_too(
     assert found.level == "error" and "peft" in found.text and found.remedy.endswith("'.[lora]'")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_an_all_reduce_is_timed_checked_and_not_waited_for_too_long(
     monkeypatch: pytest.MonkeyPatch,

@@ -27,6 +27,8 @@ FLAGS = [
     "--log.every=1",
     "--log.tensorboard=false",
     "--checkpoint.export=false",
+    "--evaluation.max_rows=2",
+    "--evaluation.generate_rows=0",
 ]
 
 
@@ -36,7 +38,7 @@ def _run_together(
     """All at the same time, each to its end."""
 
     def run(command: list[str], env: dict[str, str]) -> CommandResult:
-        return run_command(command, timeout=120, env=env, cwd=folder)
+        return run_command(command, timeout=200, env=env, cwd=folder)
 
     with ThreadPoolExecutor(len(commands)) as started:
         return list(started.map(run, commands, environments))
