@@ -59,6 +59,8 @@ def find_gpu(name: str) -> Gpu:
         KeyError: none is meant.
     """
     text = re.sub(r"[^a-z0-9]", "", name.lower())
+    if "pcie" in text and "nvl" not in text:
+        raise KeyError(name)  # slower, and not among them
     for key, needed in {
         "h200": "h200",
         "h100nvl": "h100-nvl",

@@ -103,8 +103,8 @@ def as_table(found: Sequence[Found]) -> str:
         plan = one.plan
         rows.append(
             (
-                one.how + (" (tight)" if plan.tight else ""),
-                f"{plan.allocated_gib:.1f}",
+                one.how + (" (tight)" if plan.room.tight else ""),
+                f"{plan.room.allocated:.1f}",
                 f"{plan.time.tokens_per_second_per_gpu:,.0f}",
                 f"{plan.time.mfu_pct(plan.gpu):.0f}",
                 plan.time.bound_by,
