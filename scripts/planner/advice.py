@@ -47,22 +47,23 @@ def explain_communication(
     better = [f"{speed:,.0f} {how}" for speed, how in reversed(ways) if speed > 1.02 * now]
     if not better:
         return [why], []
-    return [why], [f"{now:,.0f} tokens/s on all GPUs; {better[0]}", *better[1:]]
+    return [why], [f"tokens/s of all GPUs, {now:,.0f} as it is:", *better]
 
 
 def _others(work: Work, rows: int) -> Iterator[tuple[Work, str]]:
     """The same work done in other ways, and the flags of each."""
     more = replace(work, grad_accum_steps=_MORE_MICRO_BATCHES * work.grad_accum_steps)
     size = f"--global_batch_size {_MORE_MICRO_BATCHES * rows}"
-    yield more, f"with {size} (more micro-batches a step)"
     gpu = work.gpu
     split = work.tensor_parallel * work.context_parallel
     nodes, rest = divmod(work.gpus, gpu.gpus_per_node)
     if nodes < 2 or rest or gpu.gpus_per_node % split:
+        yield more, f"with {size} (and 6 bytes per parameter more memory)"
         return
     inside = gpu.gpus_per_node // work.tensor_parallel
-    if (work.shards or work.gpus // work.tensor_parallel) > inside:
-        flags = f"--parallel.dp_replicate {nodes} --parallel.dp_shard {gpu.gpus_per_node // split}"
-        yield replace(work, shards=inside), f"with {flags} (HSDP)"
-        yield replace(more, shards=inside), f"with {flags} {size}"
     yield replace(work, gpus=gpu.gpus_per_node, shards=inside), "on one of the machines alone"
+    flags = f"--parallel.dp_replicate {nodes} --parallel.dp_shard {gpu.gpus_per_node // split}"
+    yield replace(work, shards=inside), f"with {flags} (HSDP)"
+    # Shards are reduced inside a machine in every micro-batch, and between machines once a step.
+    hybrid = replace(more, shards=inside, accumulation="sharded")
+    yield hybrid, f"with {flags} --parallel.accumulation sharded {size}"

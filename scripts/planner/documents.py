@@ -1,6 +1,6 @@
 """Write the computed tables of the docs anew.
 
-python -m scripts.planner.documents [bytes] [recipes] [matrix] [sample]
+python -m scripts.planner.documents [bytes] [recipes] [matrix] [sample] [network]
 
 Without names all of them, which takes minutes. Each stands between two comments that name it.
 """
@@ -86,14 +86,21 @@ def recipes_table() -> str:
     return "\n".join([*lines, *(recipe_row(*recipe) for recipe in recipes())])
 
 
-def sample() -> str:
+def sample(flags: str = SAMPLE) -> str:
     """What plan.py prints for the command in docs/planning.md."""
     from scripts.plan import main
 
     out = io.StringIO()
     with redirect_stdout(out):
-        main(shlex.split(SAMPLE))
-    return f"```bash\npython scripts/plan.py {SAMPLE}\n```\n\n```\n{out.getvalue()}```"
+        main(shlex.split(flags))
+    return f"```bash\npython scripts/plan.py {flags}\n```\n\n```\n{out.getvalue()}```"
+
+
+def network() -> str:
+    """What it says of two machines joined by Ethernet."""
+    said = sample(SAMPLE.replace("--gpus 2", "--gpus 4"))
+    lines = [line for line in said.splitlines() if re.match("(speed|step|note|remedy) ", line)]
+    return "\n".join(["```", *lines, "```"])
 
 
 def matrix_tables() -> str:
@@ -105,6 +112,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "recipes": ("recipes", recipes_table),
     "matrix": ("what-fits", matrix_tables),
     "sample": ("planning", sample),
+    "network": ("planning", network),
 }
 
 

@@ -28,28 +28,16 @@ MACHINES = ((2, "h100-nvl"), (8, "h100-sxm"), (8, "h200"), (64, "h100-sxm"))
 _TRACED = (2, 8)
 
 
-def _full(config: TrainConfig) -> TrainConfig:
-    return config
-
-
-def _half_state(config: TrainConfig) -> TrainConfig:
-    return replace(config, optimizer=replace(config.optimizer, state_dtype="bfloat16"))
-
-
 def _half(config: TrainConfig) -> TrainConfig:
     parallel = replace(config.parallel, master_dtype="bfloat16")
-    return replace(_half_state(config), parallel=parallel)
-
-
-def _adapters(config: TrainConfig) -> TrainConfig:
-    return replace(config, lora=LoraConfig(rank=16))
+    optimizer = replace(config.optimizer, state_dtype="bfloat16")
+    return replace(config, parallel=parallel, optimizer=optimizer)
 
 
 METHODS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
-    "fp32 masters and state": _full,
-    "bf16 state": _half_state,
+    "fp32 masters and state": lambda config: config,
     "bf16 masters and state": _half,
-    "LoRA, rank 16": _adapters,
+    "LoRA, rank 16": lambda config: replace(config, lora=LoraConfig(rank=16)),
 }
 
 

@@ -30,6 +30,8 @@ from scripts.planner.work import batch_of, work_of
 _GIB = 2**30
 # Of the interval: nine of ten runs are meant to be inside.
 _DEVIATIONS = 1.645
+# Of host memory, for what is offloaded; the rest is for Python, the data and a checkpoint on its way.
+_HOST_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Room:
     there: float
     slack: float
     """What allocations take, over their sum."""
+    on_host: float = 0.0
+    host: float = math.inf
+    """Of the host's memory: what the run takes for each GPU, and what is there."""
 
     @property
     def needed(self) -> float:
@@ -50,7 +55,7 @@ class Room:
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.there
+        return self.needed <= self.there and self.on_host <= _HOST_SHARE * self.host
 
     @property
     def tight(self) -> bool:
@@ -58,8 +63,14 @@ class Room:
         return self.fits and self.reserved + self.beside > self.there
 
 
-def room_of(memory: MemoryPlan, *, gib: float, calibration: Calibration | None = None) -> Room:
-    """Whether a GPU of so many GiB, as torch counts them, has the memory."""
+def room_of(
+    memory: MemoryPlan,
+    *,
+    gib: float,
+    host_gib: float = math.inf,
+    calibration: Calibration | None = None,
+) -> Room:
+    """Whether a GPU of so many GiB, as torch counts them, and its share of the host have the memory."""
     constants = calibration.constants if calibration else fitted_constants()
     ratio = calibration.reserved_over_allocated if calibration else None
     allocated = memory.allocated_bytes / _GIB
@@ -69,6 +80,8 @@ def room_of(memory: MemoryPlan, *, gib: float, calibration: Calibration | None =
         beside=constants.outside_gib,
         there=gib,
         slack=constants.allocator_slack,
+        on_host=memory.host_bytes / _GIB,
+        host=host_gib,
     )
 
 
@@ -188,7 +201,7 @@ def make_plan(
         labels=labels,
     )
     time = predict(work, constants)
-    room = room_of(memory, gib=gpu.torch_gib, calibration=calibration)
+    room = room_of(memory, gib=gpu.torch_gib, host_gib=gpu.host_gib, calibration=calibration)
     step_tokens = global_batch_size * config.data.seq_len
     if tokens is None and config.steps is not None:
         tokens = config.steps * step_tokens
@@ -242,6 +255,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "memory_allocated_gib": plan.room.allocated,
         "memory_reserved_gib": plan.room.reserved,
         "memory_gpu_gib": plan.room.there,
+        "memory_host_gib": plan.room.on_host,
         "memory_parts_gib": _gib(plan.memory.parts),
         "memory_phases_gib": {
             phase: {"total": parts.total() / _GIB, **_gib(parts)}
@@ -296,6 +310,11 @@ def to_text(plan: Plan) -> str:
         "",
         f"memory   {room.allocated:.1f} GiB allocated, {room.reserved:.1f} reserved, about {room.beside:.1f} beside; "
         f"the GPU has {room.there:.1f}: {verdict}",
+        *(
+            [f"host     {room.on_host:.1f} GiB for each GPU; of {room.host:.0f} there"]
+            if room.on_host
+            else []
+        ),
         f"speed    {time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU ({low:,.0f} to {high:,.0f}), "
         f"MFU {values['mfu_pct']:.0f} %, HFU {values['hfu_pct']:.0f} %, bound by {time.bound_by}",
         f"step     {time.seconds:.2f} s: "

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 
 from scripts.command_line import parse_train_config, to_yaml
+from scripts.config import TrainConfig
 from scripts.plan import main
 from scripts.planned import begin_plan, compare, comparison_table, planned_memory, read_plan
 from scripts.planner.documents import sample, written
 from scripts.planner.facts import GPUS, find_model, shape_of
+from scripts.planner.planning import Plan, make_plan, planned_model
 from scripts.planner.published import (
     PUBLISHED,
     deviation,
     errors_without_own_source,
     read_points,
 )
-from scripts.planner.search import recipe
+from scripts.planner.search import recipe, search
 from scripts.planner.speed import Work
 from tests.support.models import tiny_config
 
@@ -106,6 +108,10 @@ def test_flags_change_the_plan(capsys: pytest.CaptureFixture[str], tiny_folder: 
     assert fewer["memory_allocated_gib"] < plain["memory_allocated_gib"]
     assert "parameters" not in offloaded["memory_parts_gib"]
     assert offloaded["memory_allocated_gib"] < plain["memory_allocated_gib"]
+    # Masters, gradients and AdamW's state, shared by two; padding to 512 bytes a tensor comes on top.
+    held = 16 * plain["parameters"] / 2 / 2**30
+    assert plain["memory_host_gib"] == 0
+    assert held < offloaded["memory_host_gib"] < 1.3 * held
 
 
 @pytest.mark.parametrize(
@@ -239,6 +245,27 @@ def test_search_writes_the_fastest_way_that_fits(
     assert len(ways) == 8 and speeds == sorted(speeds, reverse=True)  # 4 modes, 1 or 2 rows
     assert ways[0].startswith("2 rows, recompute none")
     assert parse_train_config(["--config", str(file)]).micro_batch_size == 2
+
+
+@pytest.mark.slow
+def test_the_last_resort_is_a_recipe_that_train_takes(tmp_path: Path) -> None:
+    flags = ["--model.name", "Qwen/Qwen3-0.6B", "--data.seq_len", "512"]
+    config = parse_train_config(flags)
+    name, hf_config = planned_model(config, None)
+    # 16 bytes a parameter fit neither the GPUs nor the host; 2 and adapters do.
+    small = replace(GPUS["h100-nvl"], torch_gib=4.0, host_gib=4.0)
+
+    def make(config: TrainConfig) -> Plan:
+        return make_plan(config, name, hf_config, gpu=small, gpus=2)
+
+    found = search(config, make, gpu=small, gpus=2)
+    assert found and all("LoRA 16" in one.how for one in found)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe(found[0].config), encoding="utf-8")
+    assert parse_train_config(["--config", str(file)]) == found[0].config
+    # Without pretrained weights there is nothing to adapt.
+    random = parse_train_config([*flags, "--model.init", "random"])
+    assert search(random, make, gpu=small, gpus=2) == []
 
 
 def test_the_same_run_on_more_gpus(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
