@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from trainer.errors import TrainError
 FORMAT = "shardloop-calibration/1"
 # A measurement of one kernel is believed more than a constant, and than a step, which is many.
 _ERROR = 0.01
-# Of a row; of shorter ones attention does not fill the GPU.
+# Of a document; of shorter ones attention does not fill the GPU.
 _LONG_TOKENS = 2048
 _SHARES_OF_TRAFFIC = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 
@@ -88,9 +89,13 @@ def read_calibration(file: Path, gpu: Gpu) -> Calibration:
     origin = f"measured on {root.get('device_name').text()}, {root.get('date').text()}"
     measured = root.get("measurements")
     there, replaced = gpu, {}
-    if (node := measured.get("memory_total_bytes", needed=False)) is not None:
-        there = replace(gpu, torch_gib=node.number() / 2**30)
-        replaced["memory_gib"] = (gpu.torch_gib, there.torch_gib)
+    for key, fact, unit in (
+        ("memory_total_bytes", "torch_gib", 2**30),
+        ("host_bytes_per_second", "host_bytes_per_second", 1),
+    ):
+        if (node := measured.get(key, needed=False)) is not None:
+            there = replace(there, **{fact: node.number() / unit})
+            replaced[fact] = (getattr(gpu, fact), getattr(there, fact))
     steps, notes = _steps(measured, there)
     misfit = _together([*_kernels(measured, there), *steps])
     published = knowledge()
@@ -160,11 +165,19 @@ def _kernels(measured: _Node, gpu: Gpu) -> Iterator[Misfit]:
                 )
             ),
         )
-    rows = measured.items("attention_flops")
-    longest = max((row.get("seq_len").whole() for row in rows), default=0)
-    for row in rows:
-        if row.get("seq_len").whole() >= min(longest, _LONG_TOKENS):
-            yield rate(row, "flops_per_second", lambda c: attention_rate(gpu, c))
+    rows = [
+        (row, (row.get("document", needed=False) or row.get("seq_len")).whole())
+        for row in measured.items("attention_flops")
+    ]
+    longest = max((length for _, length in rows), default=0)
+    for row, length in rows:
+        if length >= min(longest, _LONG_TOKENS):
+            yield rate(row, "flops_per_second", lambda c: _forward_and_backward(gpu, c))
+
+
+def _forward_and_backward(gpu: Gpu, c: Constants) -> float:
+    """Of attention, where 4 products are counted for the backward, and the kernel computes 5."""
+    return 3 * attention_rate(gpu, c) / (1 + 2.5 / c.attention_backward_share)
 
 
 def _steps(measured: _Node, gpu: Gpu) -> tuple[list[Misfit], list[str]]:
@@ -200,8 +213,11 @@ def _steps(measured: _Node, gpu: Gpu) -> tuple[list[Misfit], list[str]]:
 def _flags(node: _Node) -> TrainConfig:
     if not isinstance(node.value, list) or not all(isinstance(flag, str) for flag in node.value):
         raise node.fault("must be a list of train.py's flags")
+    # Without a name it would get the settings of the built-in model.
+    named = any(re.match(r"--model\.(name|path)\b", flag) for flag in node.value)
+    model = [] if named else ["--model.name=Qwen/Qwen3-8B"]
     try:
-        return parse_run_config(TrainConfig, "train.py", node.value)
+        return parse_run_config(TrainConfig, "train.py", [*node.value, *model])
     except CommandLineError as error:
         raise node.fault(f"are not train.py's: {error}") from None
 

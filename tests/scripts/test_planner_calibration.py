@@ -37,7 +37,7 @@ TRUE = replace(
     float32_share=0.4,
 )
 QWEN = find_model("Qwen/Qwen3-8B")
-FLAGS = ["--model.name", "Qwen/Qwen3-8B", "--data.seq_len", "4096", "--micro_batch_size", "2"]
+FLAGS = ["--data.seq_len=4096", "--micro_batch_size=2"]
 WORK = Work(
     shape_of(QWEN), GPU, 2, tokens=8192, squared_lengths=8192.0 * 4096, labels_share=0.5, shards=2
 )
@@ -87,9 +87,16 @@ def measured_on(constants: Constants) -> dict[str, Any]:
             for size in (2**20, 2**28)
         ],
         attention_flops=[
-            {"seq_len": 512, "flops_per_second": 1e12},  # too short to count
-            {"seq_len": 4096, "flops_per_second": attention_rate(GPU, constants)},
+            # Too short to count.
+            {"seq_len": 4096, "document": 512, "flops_per_second": 1e12},
+            {
+                "seq_len": 4096,
+                "flops_per_second": 3
+                * attention_rate(GPU, constants)
+                / (1 + 2.5 / constants.attention_backward_share),
+            },
         ],
+        host_bytes_per_second=40e9,
         memory_total_bytes=93.5 * 2**30,
         reserved_over_allocated=1.08,
     )
@@ -113,7 +120,7 @@ def test_constants_become_those_that_were_measured(tmp_path: Path) -> None:
     for name in (*untouched, "float8_gain", "optimizer_bytes"):
         assert getattr(calibration.constants, name) == getattr(fitted_constants(), name), name
     assert changed <= {*calibration.replaced} and not {*untouched} & {*calibration.replaced}
-    assert calibration.gpu == replace(GPU, torch_gib=93.5)
+    assert calibration.gpu == replace(GPU, torch_gib=93.5, host_bytes_per_second=40e9)
     assert calibration.reserved_over_allocated == 1.08
     assert calibration.origin == "measured on NVIDIA H100 NVL, 2026-11-28"
     # What is measured is better known than what is not.
