@@ -98,7 +98,7 @@ class Reader:
             name = script.removeprefix("scripts/")
         else:
             words = words[words.index(script) + 1 :]
-            if not words and name not in ("train.py", "what_fits.py"):
+            if not words and name != "train.py":
                 return self.help(name)  # the script is named, and its flags are elsewhere
         assert name in SCRIPTS, f"{command.page}: {command.text}: add a rule for it to SCRIPTS"
         ranks = self.ranks(launcher)
@@ -200,10 +200,12 @@ def generate(reader: Reader, call: Call) -> None:
 
 
 def plan(reader: Reader, call: Call) -> None:
-    """It is read; what it prints without a model takes no time. (--fit would write constants of the repository.)"""
+    """It is read; what it prints without a model takes no time. (--fit would write constants of the repository, and
+    --matrix takes minutes.)
+    """
     words = ["published.csv" if word == "CSV" else word for word in call.words]
     config = parse_run_config(PlanConfig, call.script, words)
-    if config.fit is None and (reader.literally or config.model.name is None):
+    if config.fit is None and not config.matrix and (reader.literally or config.model.name is None):
         assert reader.run(call)
 
 
@@ -231,7 +233,6 @@ SCRIPTS: dict[str, Callable[[Reader, Call], None]] = {
     "generate.py": generate,
     "doctor.py": with_flags(),
     "plan.py": plan,
-    "what_fits.py": with_flags(),
     "verify.py": with_flags("--only=[tied]"),
     "benchmark.py": flags_only,
     "chaos.py": flags_only,
