@@ -133,7 +133,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "save_strategy": "is a number of steps here: set --checkpoint.every",
     "logging_strategy": "is a number of steps here: set --log.every",
     "logging_dir": "is always OUTPUT_DIR/tensorboard: set --output_dir",
-    "report_to": "is --log.tensorboard here; metrics.jsonl is always written",
+    "report_to": "is --log.tensorboard, --log.wandb and --log.mlflow here; metrics.jsonl is always written",
     "overwrite_output_dir": "is not needed: nothing is overwritten, and --resume never starts anew",
     "run_name": "is the last folder of --output_dir here",
     "push_to_hub": "is not supported: upload OUTPUT_DIR/export with hf upload",
@@ -453,6 +453,11 @@ def validate(config: TrainConfig) -> None:
     _check_functions(config)
     unknown = [key for key in config.allow_changed if key not in LASTING]
     _require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
+    for name in ("wandb", "mlflow"):
+        _require(
+            not getattr(config.log, name) or find_spec(name) is not None,
+            f"--log.{name} needs {name}: pip install -c constraints.txt -e '.[{name}]'",
+        )
     mirror = config.checkpoint.mirror
     _require(
         mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,

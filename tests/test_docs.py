@@ -16,7 +16,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 _FLAGS_OF_OTHERS = {
     "--nproc_per_node", "--nnodes", "--node_rank", "--rdzv", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint",
     "--master_addr", "--master_port", "--name", "--type", "--size", "--min", "--max", "--set", "--signal", "--shutdown",
-    "--per_device_train_batch_size", "--parallel",
+    "--per_device_train_batch_size", "--parallel", "--logdir",
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_names_of_other_trainers_are_answered_as_the_page_says() -> None:
     assert [row for row in rows if FOREIGN_NAMES.get(row[0]) != row[1]] == []
 
 
-@pytest.mark.parametrize("name", ["migration", "doctor", "launch", "recipes", "troubleshooting"])
+@pytest.mark.parametrize("name", ["migration", "doctor", "launch", "recipes", "troubleshooting", "watching"])
 def test_our_flags_are_declared(name: str) -> None:
     known = {
         option
