@@ -103,7 +103,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, from_zero: bool = False) 
 def column_chart(title: str, columns: Sequence[tuple[str, float]]) -> str:
     """A figure with one column for each (label, value)."""
     most = max((value for _, value in columns), default=0) or 1
-    width = (_RIGHT - 8) / max(len(columns), 1)
+    width = min(48.0, (_RIGHT - 8) / max(len(columns), 1))
     parts = []
     for number, (label, value) in enumerate(columns):
         height = (_BOTTOM - _TOP - 14) * value / most
@@ -184,7 +184,7 @@ def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, 
 
 def nice_ticks(low: float, high: float, most: int) -> list[float]:
     """At least two and about `most` multiples of 1, 2 or 5 times a power of ten, from `low` or just below to `high` or just above."""
-    if high <= low:
+    if high - low <= 1e-9 * abs(low):  # all the same, but for rounding
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
     raw = (high - low) / most

@@ -26,7 +26,9 @@ from trainer.metrics import Sample
 _SAMPLES = 4  # answers that are kept of an evaluation
 _EMBEDDED_ROWS = 128  # questions of the embedded data whose answers are checked
 _TEXT_PROMPT = 64  # most tokens of a text, of which all is learned, that are given as its beginning
-_TOKENS_TOGETHER = 16384  # prompts and answers decoded at once on a rank: their keys and values are in memory
+_TOKENS_TOGETHER = (
+    16384  # prompts and answers decoded at once on a rank: their keys and values are in memory
+)
 _PROMPTS_TOGETHER = 64
 
 
@@ -137,9 +139,7 @@ def _answer(
     ]
 
 
-def held_out_prompts(
-    stores: list[TokenStore], count: int
-) -> list[tuple[list[int], list[int]]]:
+def held_out_prompts(stores: list[TokenStore], count: int) -> list[tuple[list[int], list[int]]]:
     """`count` pairs of tokens, prompt and what should follow, the same number of every source as far as they last.
 
     Of a conversation that is the last turn that is trained on; of a text, all of which is, what follows its beginning.

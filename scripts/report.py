@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,65 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from scripts.charts import STYLE, Curve, column_chart, legend, line_chart, share_bar, short
-from scripts.command_line import printable, printable_lines
+from scripts.command_line import printable
 from scripts.config import TrainConfig
 from scripts.ledger import ledger_rows
+from scripts.model_card import public_name
+from scripts.page import folded, head, section, table, text
 from trainer.goodput import KINDS, read_goodput
 
 FILE = "report.html"
 
 Row = Mapping[str, Any]
-
-# No policy allows a script or a request, whatever a sample holds.
-_HEAD = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --back: #fff; --card: #f6f7f9; --text: #1b1f24; --soft: #5b6672; --line: #dde1e6;
-  --c0: #1f6fd6; --c1: #d1570b; --c2: #16865c; --c3: #8d4bc4; --c4: #b38600; --c5: #c0316f; --c6: #3f8a99; --c7: #7b8794 }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --back: #14171b; --card: #1d2126; --text: #e6e9ed; --soft: #9aa5b1; --line: #323941;
-    --c0: #6aa9ff; --c1: #ff9d5c; --c2: #4cc596; --c3: #c79bf2; --c4: #e0bb4d; --c5: #f583b2; --c6: #73c3d2; --c7: #8c98a5 }}
-}}
-* {{ box-sizing: border-box }}
-body {{ font: 15px/1.5 system-ui, sans-serif; background: var(--back); color: var(--text); max-width: 62rem;
-  margin: 0 auto; padding: 1.5rem 1rem 4rem }}
-h1 {{ font-size: 1.4rem; line-height: 1.3; margin: 0; overflow-wrap: anywhere }}
-h2 {{ font-size: 1.05rem; margin: 2.2rem 0 .6rem }}
-h3 {{ font-size: .95rem; margin: 1.2rem 0 .4rem; overflow-wrap: anywhere }}
-p {{ margin: .3rem 0 }}
-.soft {{ color: var(--soft) }}
-.cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; margin-top: 1rem }}
-.cards div {{ background: var(--card); border-radius: 8px; padding: .55rem .75rem }}
-.cards b {{ display: block; font-size: 1.2rem; font-weight: 600; font-variant-numeric: tabular-nums }}
-.cards span {{ color: var(--soft); font-size: .85rem }}
-.charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.2rem 1.6rem }}
-figure {{ margin: 0; min-width: 0 }}
-figcaption {{ font-size: .88rem; margin-bottom: .3rem }}
-.legend {{ display: inline-flex; flex-wrap: wrap; gap: 0 .9rem; margin-left: .8rem; color: var(--soft) }}
-.legend span {{ display: inline-flex; align-items: center; gap: .35rem }}
-svg.key {{ width: .7rem; height: .7rem; flex: none }}
-svg.bar {{ height: 1.5rem; border-radius: 4px }}
-table {{ border-collapse: collapse; font-size: .88rem; width: 100% }}
-th {{ text-align: left; font-weight: 500; color: var(--soft) }}
-td, th {{ padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top }}
-td {{ overflow-wrap: anywhere }}
-.number {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; overflow-wrap: normal }}
-.scroll {{ overflow-x: auto }}
-pre {{ font: 12.5px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
-  max-height: 18rem; overflow-y: auto }}
-.sample {{ background: var(--card); border-radius: 8px; padding: .7rem .9rem; margin: .7rem 0 }}
-.sample th {{ width: 6.5rem; white-space: nowrap }}
-.sample tr:last-child > * {{ border-bottom: 0 }}
-.right {{ color: var(--c2) }}
-details {{ margin: .6rem 0 }}
-summary {{ cursor: pointer; color: var(--soft) }}
-{charts}</style>
-"""
 
 # Names of rows that have a chart, or a place in one; what else is logged gets its own.
 _DRAWN = {
@@ -148,8 +98,8 @@ def write_report(output_dir: Path) -> str | None:
 def report_page(record: Record) -> str:
     """The run as one HTML page. Texts of the run are escaped: they come from data and model."""
     model, data = record.run.get("model", {}), record.run.get("data", {})
-    names = [str(source.get("name")) for source in data.get("sources", [])]
-    title = f"{model.get('name') or 'A model'} on {', '.join(names) or 'its data'}"
+    names = [public_name(str(source.get("name"))) for source in data.get("sources", [])]
+    title = f"{_model_name(model)} on {', '.join(names) or 'its data'}"
     sections = [
         _training(record),
         _held_out(record),
@@ -161,12 +111,16 @@ def report_page(record: Record) -> str:
         _warnings(record),
         _settings(record),
     ]
-    head = _HEAD.format(title=_text(title), charts=STYLE)
     return (
-        f"{head}<h1>{_text(title)}</h1>\n<p class=soft>{_text(_state(record))}</p>\n{_cards(record)}\n"
+        f"{head(title, style=STYLE)}<h1>{text(title)}</h1>\n<p class=soft>{text(_state(record))}</p>\n{_cards(record)}\n"
         + "\n".join(filter(None, sections))
         + "\n</html>\n"
     )
+
+
+def _model_name(model: Row) -> str:
+    name = model.get("name") or "a model"
+    return "the built-in Qwen3" if name == "built-in" else public_name(str(name))
 
 
 # ------------------------------------------------------------------------------------- sections
@@ -224,7 +178,7 @@ def _cards(record: Record) -> str:
         cards.append(("goodput", f"{record.goodput['goodput_pct']:.1f} %"))
     return (
         '<div class="cards">'
-        + "".join(f"<div><b>{_text(value)}</b><span>{label}</span></div>" for label, value in cards)
+        + "".join(f"<div><b>{text(value)}</b><span>{label}</span></div>" for label, value in cards)
         + "</div>"
     )
 
@@ -241,7 +195,7 @@ def _training(record: Record) -> str:
         line_chart("Learning rate", [Curve("", _curve(trained, "learning_rate"))], from_zero=True),
         *_other_charts(trained),
     ]
-    return _section("Training", _charts(charts))
+    return section("Training", _charts(charts))
 
 
 def _held_out(record: Record) -> str:
@@ -250,11 +204,11 @@ def _held_out(record: Record) -> str:
     if not names:
         return ""
     lines = [[f"{row['step']:,}", *(_number(row.get(name)) for name in names)] for row in evaluated]
-    table = _table(["step", *names], lines, numbers=len(names) + 1)
-    return _section(
+    every = table(["step", *names], lines, numbers=len(names) + 1)
+    return section(
         "Evaluation",
         _charts(_other_charts(evaluated, dots=True))
-        + (table if len(lines) < 8 else _folded("every evaluation", table)),
+        + (every if len(lines) < 8 else folded("every evaluation", every)),
     )
 
 
@@ -284,19 +238,19 @@ def _samples(record: Record) -> str:
             )
             for sample in ([first, last] if len(answers) > 1 else [last])
         ]
-        card = f"<pre>{_text(prompt)}</pre>{_answers(shown)}"
+        card = f"<pre>{text(prompt)}</pre>{_answers(shown)}"
         if between:
             rest = [(f"step {s['step']:,}", s.get("answer"), False) for s in between]
-            card += _folded(f"{len(between)} evaluations between", _answers(rest))
+            card += folded(f"{len(between)} evaluations between", _answers(rest))
         cards.append(f'<div class="sample">{card}</div>')
-    return _section("Samples, before and after", "".join(cards)) if cards else ""
+    return section("Samples, before and after", "".join(cards)) if cards else ""
 
 
 def _answers(shown: Sequence[tuple[str, Any, bool]]) -> str:
     lines = "".join(
-        f"<tr><th>{_text(label)}{' <span class=right>✓</span>' if right else ''}</th>"
-        f"<td><pre>{_text(text)}</pre></td></tr>"
-        for label, text, right in shown
+        f"<tr><th>{text(label)}{' <span class=right>✓</span>' if right else ''}</th>"
+        f"<td><pre>{text(answer if str(answer).strip() else json.dumps(answer))}</pre></td></tr>"
+        for label, answer, right in shown
     )
     return f"<table>{lines}</table>"
 
@@ -319,7 +273,7 @@ def _speed(record: Record) -> str:
             from_zero=True,
         ),
     ]
-    return _section("Speed", _charts(charts))
+    return section("Speed", _charts(charts))
 
 
 def _memory(record: Record) -> str:
@@ -339,10 +293,10 @@ def _memory(record: Record) -> str:
         if (planned := record.run.get("plan", {}).get(name))
     ]
     if lines:
-        beside = _table(["", "planned", "measured", "error, %"], lines, numbers=3)
+        beside = table(["", "planned", "measured", "error, %"], lines, numbers=3)
     else:
         beside = "<p class=soft>Measured only: plan.py knows GPUs, and was not asked about this machine.</p>"
-    return _section("Memory, and the plan", _charts([chart]) + beside) if chart or lines else ""
+    return section("Memory, and the plan", _charts([chart]) + beside) if chart or lines else ""
 
 
 def _time(record: Record) -> str:
@@ -356,11 +310,11 @@ def _time(record: Record) -> str:
         for kind, value in seconds
     ]
     restarts = int(record.goodput["restarts"])
-    return _section(
+    return section(
         "Where the time went",
         share_bar("Shares of the time", seconds)
         + legend([kind for kind, _ in seconds])
-        + _table(["", "seconds", "%", ""], lines, numbers=2)
+        + table(["", "seconds", "%", ""], lines, numbers=2)
         + (f"<p>{restarts:,} restarts after a crash.</p>" if restarts else ""),
     )
 
@@ -377,9 +331,9 @@ def _ledger(source: Row, record: Record) -> str:
         if group != "lengths" and (count or name in ("read", "used"))
     ]
     chart = column_chart("Examples by their tokens, up to", [_up_to(entry) for entry in lengths])
-    return _section(
-        f"Data: {source.get('name')}",
-        _table(["", "", ""], counts, numbers=1, first=1) + (_charts([chart]) if lengths else ""),
+    return section(
+        f"Data: {public_name(str(source.get('name')))}",
+        table(["", "", ""], counts, numbers=1, first=1) + (_charts([chart]) if lengths else ""),
     )
 
 
@@ -394,7 +348,7 @@ def _warnings(record: Record) -> str:
     shown = record.events[-50:]
     lines = [[f"{event.get('step', 0):,}", str(event.get("line"))] for event in shown]
     more = f" (the last {len(shown)} of {len(record.events):,})" if len(record.events) > 50 else ""
-    return _section(f"Warnings{more}", _table(["step", ""], lines, numbers=1))
+    return section(f"Warnings{more}", table(["step", ""], lines, numbers=1))
 
 
 def _settings(record: Record) -> str:
@@ -418,60 +372,24 @@ def _settings(record: Record) -> str:
         ),
     }
     changed = _changed(flat(_config(record)), flat(asdict(TrainConfig())))
-    return _section(
+    return section(
         "Settings",
-        _table(["", ""], [[name, fact] for name, fact in facts.items() if fact])
+        table(["", ""], [[name, fact] for name, fact in facts.items() if fact])
         + (
-            "<h3>Other than the defaults</h3>" + _table(["", ""], [list(pair) for pair in changed])
+            "<h3>Other than the defaults</h3>" + table(["", ""], [list(pair) for pair in changed])
             if changed
             else ""
         )
-        + (_folded("config.yaml", f"<pre>{_text(record.config)}</pre>") if record.config else ""),
+        + (folded("config.yaml", f"<pre>{text(record.config)}</pre>") if record.config else ""),
     )
 
 
-# ---------------------------------------------------------------------------------------- parts
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>\n{content}</section>" if content else ""
+# -------------------------------------------------------------------------------------- numbers
 
 
 def _charts(charts: Sequence[str]) -> str:
     drawn = [chart for chart in charts if chart]
     return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
-
-
-def _folded(summary: str, content: str) -> str:
-    return f"<details><summary>{_text(summary)}</summary>{content}</details>"
-
-
-def _table(
-    names: Sequence[str], lines: Sequence[Sequence[str]], *, numbers: int = 0, first: int | None = None
-) -> str:
-    """`numbers` columns from `first` on, by default the one after a name or else the first, are right-aligned."""
-    start = (0 if names[0] else 1) if first is None else first
-    classes = [
-        ' class="number"' if start <= place < start + numbers else "" for place in range(len(names))
-    ]
-    head = ""
-    if any(names):
-        head = "".join(
-            f"<th{kind}>{_text(name)}</th>" for name, kind in zip(names, classes, strict=True)
-        )
-        head = f"<tr>{head}</tr>"
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{kind}>{_text(cell)}</td>" for cell, kind in zip(line, classes, strict=True))
-        + "</tr>"
-        for line in lines
-    )
-    return f'<div class="scroll"><table>{head}{body}</table></div>'
-
-
-def _text(value: Any) -> str:
-    """For HTML, with what would be invisible or turn text around shown as escapes."""
-    return escape(printable_lines(str(value)))
 
 
 def _trained(record: Record) -> list[Row]:

@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -74,6 +76,7 @@ class Feed:
 
     def __init__(self) -> None:
         self._entries: SimpleQueue[Entry | None] = SimpleQueue()
+        self._ended = False
         self.outcome = ""
         """How the run ended, at the end of the iteration: finished, stopped or failed."""
 
@@ -87,13 +90,12 @@ class Feed:
         self._entries.put(None)
 
     def __iter__(self) -> Iterator[list[Entry]]:
-        ended = False
-        while not ended:
+        while not self._ended:
             waiting = [self._entries.get()]  # and whatever came while the last ones were sent
             with suppress(Empty):
                 while True:
                     waiting.append(self._entries.get_nowait())
-            ended = waiting[-1] is None
+            self._ended = waiting[-1] is None
             if entries := [entry for entry in waiting if entry is not None]:
                 yield entries
 
@@ -140,12 +142,12 @@ def tracking(
         for name, thread in threads.items():
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                _warn(f"{name} has not taken everything in {seconds:.0f} s; {output_dir} has it all")
+                _warn(
+                    f"{name} has not taken everything in {seconds:.0f} s; {output_dir} has it all"
+                )
 
 
-def _track(
-    name: str, track: Callable[[Tracked, Feed], None], tracked: Tracked, feed: Feed
-) -> None:
+def _track(name: str, track: Callable[[Tracked, Feed], None], tracked: Tracked, feed: Feed) -> None:
     with warned(name):
         track(tracked, feed)
     for _ in feed:  # of a tracker that has given up
@@ -178,6 +180,7 @@ def _library(name: str) -> Any:
     """Import what a tracker needs. It sends nothing about itself."""
     if name == "wandb":
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
         return wandb
@@ -200,8 +203,9 @@ def _kept(tracked: Tracked, name: str, value: str | None = None) -> str:
 def to_wandb(tracked: Tracked, feed: Feed) -> None:
     """A run of Weights & Biases, with the variables of its own: WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_MODE and others."""
     wandb = _library("wandb")
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode == "online" and not wandb.setup().settings.api_key and not wandb.api.api_key:
+    shared = wandb.setup().settings
+    online = shared.mode == "online"
+    if online and not _has_key(shared):  # on a terminal it would ask for one, and wait
         raise ValueError("no API key: run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
     kept = _kept(tracked, "wandb") or _kept(tracked, "wandb", secrets.token_hex(4))
     run = wandb.init(
@@ -211,11 +215,11 @@ def to_wandb(tracked: Tracked, feed: Feed) -> None:
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=os.environ.get("WANDB_NAME", tracked.name),
         config=dict(tracked.settings),
-        settings=wandb.Settings(console="off", silent=True, x_disable_meta=True),
+        settings=wandb.Settings(console="off", x_disable_meta=True, x_save_requirements=False),
     )
     # Steps that are done again after a crash are sent again, and wandb's own count only goes up.
     run.define_metric("*", step_metric="step")
-    if run.url:
+    if online:
         tqdm.write(f"wandb: {run.url}")
     for entries in feed:
         for entry in entries:
@@ -230,10 +234,22 @@ def to_wandb(tracked: Tracked, feed: Feed) -> None:
     run.finish(exit_code=0 if feed.outcome == "finished" else 1)
 
 
+def _has_key(settings: Any) -> bool:
+    """Whether wandb finds a key in the environment, in its settings, or in .netrc, where `wandb login` puts it."""
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key:
+        return True
+    with suppress(OSError, NetrcParseError):
+        host = urlsplit(settings.base_url).hostname or ""
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False
+
+
 def to_mlflow(tracked: Tracked, feed: Feed) -> None:
     """A run of MLflow at MLFLOW_TRACKING_URI: that of MLFLOW_RUN_ID, as an Azure ML job has one, or its own."""
     client_class, metric, param = _library("mlflow")
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or (tracked.output_dir / "mlflow").absolute().as_uri()
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise ValueError("MLFLOW_TRACKING_URI is not set: give it the address of a server")
     client = client_class(tracking_uri=uri)
     given = os.environ.get("MLFLOW_RUN_ID")
     run_id = given or _mlflow_run(client, tracked)
@@ -291,6 +307,8 @@ class MetricNames:
         if name not in self._names:
             full = self._most is not None and sum(map(bool, self._names.values())) >= self._most
             if full and "" not in self._names.values():
-                _warn(f"mlflow: {name} and later metrics are left out: the server takes {self._most} names")
+                _warn(
+                    f"mlflow: {name} and later metrics are left out: the server takes {self._most} names"
+                )
             self._names[name] = "" if full else re.sub(r"[^\w\-. /]", "_", name, flags=re.A)
         return self._names[name]

@@ -295,7 +295,7 @@ def train_steps(
     goodput: Goodput,
     say: Say,
     peak: float | None,
-    trackers: Sequence[Tracker],
+    trackers: Sequence[Tracker] = (),
 ) -> tuple[bool, dict[str, float], dict[str, float]]:
     """The loop with everything it calls.
 

@@ -39,7 +39,9 @@ def test_names_of_other_trainers_are_answered_as_the_page_says() -> None:
     assert [row for row in rows if FOREIGN_NAMES.get(row[0]) != row[1]] == []
 
 
-@pytest.mark.parametrize("name", ["migration", "doctor", "launch", "recipes", "troubleshooting", "watching"])
+@pytest.mark.parametrize(
+    "name", ["migration", "doctor", "launch", "recipes", "troubleshooting", "watching"]
+)
 def test_our_flags_are_declared(name: str) -> None:
     known = {
         option

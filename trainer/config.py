@@ -189,7 +189,7 @@ class LogConfig:
     """Send metrics, samples and configuration to Weights & Biases (the extra [wandb]), set up by its own variables: WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE."""
 
     mlflow: bool = False
-    """Send them to MLflow (the extra [mlflow]), at MLFLOW_TRACKING_URI, which an Azure ML job has set; without it to OUTPUT_DIR/mlflow."""
+    """Send them to MLflow (the extra [mlflow]) at MLFLOW_TRACKING_URI, which an Azure ML job has set."""
 
     progress: bool = True
     """Show a progress bar on rank 0."""

@@ -61,7 +61,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(
     data = tmp_path / "data"
     write_chat(data / "train.jsonl", count=120)
     write_chat(data / "test.jsonl", count=held_out, split="test")
-    model = write_model(tmp_path / "model")
+    model = write_model(tmp_path / "model", trained=False)  # whose answers differ
 
     def run(world_size: int, *more: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         out = tmp_path / f"out-{world_size}"
@@ -109,12 +109,16 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(
 
 
 @pytest.mark.distributed
-def test_without_being_asked_for_it_nothing_is_counted_right(tmp_path: Path, cache_dir: Path) -> None:
+def test_without_being_asked_for_it_nothing_is_counted_right(
+    tmp_path: Path, cache_dir: Path
+) -> None:
     """Of data of one's own four answers are kept, and plain text is continued."""
     data = tmp_path / "data"
     data.mkdir()
     for split, count in (("train", 60), ("test", 6)):
-        lines = [json.dumps({"text": f"Number {n} is followed by {n + 1}. " * 4}) for n in range(count)]
+        lines = [
+            json.dumps({"text": f"Number {n} is followed by {n + 1}. " * 4}) for n in range(count)
+        ]
         (data / f"{split}.jsonl").write_text("\n".join(lines))
     result = train(
         [f"--data.path={data}", "--evaluation.split=test", "--evaluation.max_new_tokens=4", "--data.seq_len=128",

@@ -7,18 +7,23 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data.ledger import Ledger
 from scripts.report import FILE, Record, main, read_record, report_page, write_report
 from tests.support.command import ROOT, clean_environment, run_command
 from tests.support.job import read_rows, train
 from tests.support.tiny import write_chat
 
 _EVIL = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
-_CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 def _row(step: int, **values: Any) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def _record(**changes: Any) -> Record:
 def test_the_first_and_the_last_are_side_by_side() -> None:
     page = report_page(_record())
     assert "6.5 → 1.75" in page and "held-out loss" in page
-    assert page.index("fish") < page.index(">4</pre>")
+    assert page.index("fish") < page.rindex(">4</pre>")
     assert "1 evaluations between" in page
     assert "step 4 of 4; 2 ranks on CPU; 400 tokens, 200 of them trained on" in page
 
@@ -100,7 +105,9 @@ def test_S12_texts_of_data_and_model_stay_texts() -> None:
                 "versions": {_EVIL: _EVIL},
             },
             rows=[_row(1, **{_EVIL: 1.0}), {"step": 1, _EVIL: 2.0}],
-            samples=[{"step": 1, "prompt": _EVIL, "expected": _EVIL, "answer": _EVIL + "\u202e\x00"}],
+            samples=[
+                {"step": 1, "prompt": _EVIL, "expected": _EVIL, "answer": _EVIL + "\u202e\x00"}
+            ],
             events=[{"step": 1, "line": _EVIL}],
             config=f"loss: {json.dumps(_EVIL)}\n",
             stopped={"signal": _EVIL, "step": 1},
@@ -113,12 +120,11 @@ def test_S12_texts_of_data_and_model_stay_texts() -> None:
 
 
 def _ledger(excluded: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        "rows_read rows_used examples overlong_dropped without_labels overlong_truncated overlong_split tokens_read "
-        "tokens tokens_dropped tokens_truncated tokens_without_labels supervised_tokens stripped_reasoning_turns "
-        "stripped_reasoning_tokens"
-    ).split()
-    return {**dict.fromkeys(names, 1), "excluded": excluded}
+    """Of a stream, whose rows are not packed beforehand."""
+    return {
+        **asdict(Ledger(rows_read=1, examples=1, tokens=1, supervised_tokens=1)),
+        "excluded": excluded,
+    }
 
 
 def test_a_page_that_cannot_be_written_is_a_line(tmp_path: Path) -> None:
@@ -205,33 +211,35 @@ def test_a_run_does_not_fail_with_its_report(tmp_path: Path, cache_dir: Path) ->
     assert line.startswith("warning:") and "report.html was not written" in line
 
 
-@pytest.mark.distributed
-@pytest.mark.skipif(_CHROMIUM is None, reason="no Chromium: apt-get install chromium")
-def test_a_browser_shows_it_without_a_script_or_a_request(run_dir: Path, tmp_path: Path) -> None:
+def _browse(args: list[str], place: Path) -> subprocess.CompletedProcess[str]:
+    """Chromium's document once it is loaded, and on standard error its console."""
     assert _CHROMIUM is not None
-    net_log = tmp_path / "net.json"
-    result = subprocess.run(
-        [
-            _CHROMIUM,
-            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={net_log}"),
-            *("--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom"),
-            (run_dir / FILE).as_uri(),
-        ],
-        env=clean_environment(tmp_path / "home"),
+    switches = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        "disable-component-update disable-sync disable-features=NetworkTimeServiceQuerying enable-logging=stderr virtual-time-budget=3000 dump-dom"
+    )
+    return subprocess.run(
+        [_CHROMIUM, *(f"--{name}" for name in switches.split()), f"--user-data-dir={place / 'profile'}", *args],
+        env=clean_environment(place),
         capture_output=True,
         text=True,
         timeout=120,
-    )
+    )  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(_CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_a_browser_shows_it_without_a_script_or_a_request(run_dir: Path, tmp_path: Path) -> None:
+    net_log = tmp_path / "net.json"
+    with tempfile.TemporaryDirectory(
+        prefix="chromium-", dir="/tmp"
+    ) as place:  # a socket in it has a short path
+        result = _browse([f"--log-net-log={net_log}", (run_dir / FILE).as_uri()], Path(place))
     page = result.stdout
-    assert re.search(r"<title>embedded|<title>A model", page) and "owned" not in re.sub(
-        r"<pre>.*?</pre>", "", page, flags=re.S
-    )
+    assert re.search(r"<title>the built-in Qwen3 on data</title>", page), result.stderr
     assert page.count("<polyline") >= 5 and page.count("<circle") >= 4
-    assert "script" not in re.findall(r"<(\w+)", page) and "img" not in re.findall(r"<(\w+)", page)
+    assert not {"script", "img"} & set(re.findall(r"<(\w+)", page))
     assert "CONSOLE" not in result.stderr, result.stderr
-    asked = re.findall(r'"url":\s*"((?:https?|file)://[^"]*)"', net_log.read_text())
-    assert not [url for url in asked if url.startswith("file:") and not url.endswith(FILE)]
-    own = json.loads((run_dir / "run.json").read_text())["steps"]
-    assert own == 6
+    # The policy of the page makes a line on the console of whatever it would have asked for; and nothing else was asked for.
+    asked = set(re.findall(r'"url":\s*"([^"]*)"', net_log.read_text()))
+    assert not {url for url in asked if not url.startswith("chrome")}, asked

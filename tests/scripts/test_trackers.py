@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,9 @@ from scripts import trackers
 from scripts.command_line import CommandLineError, parse_train_config
 from scripts.config import TrainConfig
 from scripts.trackers import Entry, Feed, MetricNames, Tracked, to_mlflow, to_wandb, tracking
+from tests.support import wandb_file
 from tests.support.job import read_rows, train
+from tests.support.ranks import run_ranks
 from trainer.config import LogConfig
 
 _KEY = "0123456789abcdef0123456789abcdefCANARY00"
@@ -29,43 +32,29 @@ _BOTH = TrainConfig(log=LogConfig(wandb=True, mlflow=True))
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers' own libraries
 
 
+def _offline(folder: Path) -> dict[str, str]:
+    """wandb that only writes files, into the run, and an MLflow store in a folder."""
+    return {
+        "WANDB_MODE": "offline",
+        "WANDB_API_KEY": _KEY,
+        "MLFLOW_TRACKING_URI": (folder / "mlflow").as_uri(),
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+    }
+
+
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_API_KEY", _KEY)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
         monkeypatch.delenv(name)
+    for name, value in _offline(tmp_path).items():
+        monkeypatch.setenv(name, value)
 
 
-def _wandb_records(output_dir: Path) -> list[Any]:
-    """All that wandb has written down to be sent, over all runs in the folder."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    records = []
-    for file in sorted((output_dir / "wandb").glob("offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while data := store.scan_data():
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            records.append(record)
-    return records
-
-
-def _wandb_history(output_dir: Path) -> list[dict[str, Any]]:
-    return [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in _wandb_records(output_dir)
-        if record.WhichOneof("record_type") == "history"
-    ]  # fmt: skip
-
-
-def _mlflow(output_dir: Path) -> tuple[Any, Any]:
-    """The client and the one run in OUTPUT_DIR/mlflow."""
+def _mlflow(folder: Path) -> tuple[Any, Any]:
+    """The client and the one run of the store in FOLDER/mlflow."""
     from mlflow import MlflowClient
 
-    client = MlflowClient((output_dir / "mlflow").as_uri())
+    client = MlflowClient((folder / "mlflow").as_uri())
     (experiment,) = [e for e in client.search_experiments() if e.name == "shardloop"]
     (run,) = client.search_runs([experiment.experiment_id])
     return client, run
@@ -82,30 +71,33 @@ def test_a_run_and_its_continuation_arrive_whole(tmp_path: Path, cache_dir: Path
             2,
             cache_dir=cache_dir,
             output_dir=out,
-            env={"WANDB_MODE": "offline", "WANDB_API_KEY": _KEY},
+            env=_offline(tmp_path),
         )  # fmt: skip
         assert result.returncode == 0, result.output
         assert result.stderr == ""
         assert _KEY not in result.output
 
     rows = [row for row in read_rows(out) if "loss" in row]
-    history = _wandb_history(out)
+    history = wandb_file.history(out)
     found = {row["step"]: row["train/loss"] for row in history if "train/loss" in row}
     assert found == {row["step"]: row["loss"] for row in rows}
-    assert {"speed/tokens_per_second", "memory/memory_peak_gib", "data/tokens"} <= set(history[1])
+    assert {"speed/tokens_per_second", "memory/memory_peak_gib", "data/tokens"} <= set().union(*history)
     assert [row["step"] for row in history if "evaluation/eval_loss" in row] == [0, 2, 4]
     tables = [row for row in history if any("samples" in name for name in row)]
     assert [row["step"] for row in tables] == [0, 2, 4]
-    ids = {r.run.run_id for r in _wandb_records(out) if r.WhichOneof("record_type") == "run"}
-    assert len(ids) == 1  # both halves are one run to its server
+    assert (
+        len({run.run_id for run in wandb_file.of_kind(out, "run")}) == 1
+    )  # both halves are one run to its server
 
-    client, run = _mlflow(out)
+    client, run = _mlflow(tmp_path)
     assert run.info.status == "FINISHED"
     logged = client.get_metric_history(run.info.run_id, "train/loss")
     assert [(m.step, m.value) for m in logged] == [(row["step"], row["loss"]) for row in rows]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "evaluation/eval_loss")] == [0, 2, 4]  # fmt: skip
     assert run.data.params["optimizer.learning_rate"] == "0.003"
-    assert run.data.params["steps"] == "2"  # parameters of a run never change; config.yaml has the new ones
+    assert (
+        run.data.params["steps"] == "2"
+    )  # parameters of a run never change; config.yaml has the new ones
     kept = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert kept == {"config.yaml", "run.json", "report.html", "samples.jsonl"}
 
@@ -126,7 +118,10 @@ def test_how_a_run_ended_is_told(tmp_path: Path, end: str) -> None:
     if end == "stopped":
         _send(config, tmp_path, stopped=True)
     else:
-        with pytest.raises(RuntimeError), tracking(config, tmp_path, stopped=lambda: False) as (put,):
+        with (
+            pytest.raises(RuntimeError),
+            tracking(config, tmp_path, stopped=lambda: False) as (put,),
+        ):
             put(1, {"train/loss": 1.0}, [])
             raise RuntimeError("out of memory")
     _, run = _mlflow(tmp_path)
@@ -134,32 +129,36 @@ def test_how_a_run_ended_is_told(tmp_path: Path, end: str) -> None:
     assert run.data.metrics["train/loss"] in (0.5, 1.0)
 
 
+def _send_alone(name: str, folder: str) -> str:
+    """In a process of its own, since wandb reads its variables once: what a tracker and its library print."""
+    file = Path(folder, "printed")
+    with file.open("wb") as printed:
+        for descriptor in (1, 2):
+            os.dup2(printed.fileno(), descriptor)
+    _send(replace(_BOTH, log=replace(LogConfig(), **{name: True})), Path(folder))
+    sys.stderr.flush()
+    return file.read_text()
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("env", "name"),
+    ("env", "line"),
     [
-        ({"MLFLOW_TRACKING_URI": "http://user:S3cret@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}, "mlflow"),
-        ({"MLFLOW_RUN_ID": "of-nobody"}, "mlflow"),
-        ({"WANDB_MODE": "online", "WANDB_API_KEY": ""}, "wandb"),
-        ({"WANDB_MODE": "no such mode"}, "wandb"),
+        ({"MLFLOW_TRACKING_URI": "http://user:S3cret@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}, "mlflow: .+"),
+        ({"MLFLOW_TRACKING_URI": ""}, "mlflow: MLFLOW_TRACKING_URI is not set: .+"),
+        ({"MLFLOW_RUN_ID": "of-nobody"}, "mlflow: .*of-nobody.*"),
+        ({"WANDB_MODE": "online", "WANDB_API_KEY": ""}, "wandb: no API key: .+"),
+        ({"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}, "wandb: .+"),
+        ({"WANDB_MODE": "no-such-mode"}, "wandb: .*no-such-mode.*"),
     ],
 )  # fmt: skip
-def test_a_tracker_that_fails_is_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    env: dict[str, str],
-    name: str,
-) -> None:
-    for key, value in env.items():
-        monkeypatch.setenv(key, value)
-        if not value:
-            monkeypatch.delenv(key)
-    _send(replace(_BOTH, log=replace(LogConfig(), **{name: True})), tmp_path)
-    out, err = capfd.readouterr()
-    assert out == ""
-    (line,) = err.splitlines()
-    assert re.fullmatch(rf"warning: {name}: .+; the run goes on without it", line)
-    assert "S3cret" not in line and _KEY not in line
+def test_a_tracker_that_fails_is_one_line(tmp_path: Path, env: dict[str, str], line: str) -> None:
+    name = line.partition(":")[0]
+    (printed,) = run_ranks(
+        _send_alone, 1, name, str(tmp_path), env={**_offline(tmp_path), **env}, init_group=False
+    )
+    assert re.fullmatch(rf"warning: {line}; the run goes on without it\n", printed), printed
+    assert "S3cret" not in printed and _KEY not in printed
 
 
 @pytest.fixture
@@ -192,6 +191,7 @@ def test_a_tracker_that_hangs_holds_up_nothing(
     silent_server: str,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # ends with the server
     monkeypatch.setattr(trackers, "_PATIENCE_SECONDS", 0.5)
     began = time.monotonic()
     _send(replace(_BOTH, log=LogConfig(mlflow=True)), tmp_path)
@@ -209,12 +209,16 @@ def _feed(entries: Sequence[Entry]) -> Feed:
 
 def test_entries_that_wait_come_together() -> None:
     entries = [Entry(0, step, {"a": 1.0}, []) for step in range(5)]
-    (together,) = _feed(entries)
+    feed = _feed(entries)
+    (together,) = feed
     assert [entry.step for entry in together] == [0, 1, 2, 3, 4]
+    assert list(feed) == []  # and not for ever waiting
     assert list(_feed([])) == []
 
 
-def test_values_are_cut_and_batches_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_are_cut_and_batches_are_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the requests that reach the store."""
     from mlflow import MlflowClient
 
@@ -261,9 +265,7 @@ def test_a_run_of_somebody_else_is_written_to_and_left_open(
     run = client.create_run(client.create_experiment("of the job"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
-    to_mlflow(
-        Tracked(tmp_path, "run", {"seed": 0}), _feed([Entry(0, 1, {"train/loss": 1.0}, [])])
-    )
+    to_mlflow(Tracked(tmp_path, "run", {"seed": 0}), _feed([Entry(0, 1, {"train/loss": 1.0}, [])]))
     found = client.get_run(run.info.run_id)
     assert (found.info.status, found.data.metrics) == ("RUNNING", {"train/loss": 1.0})
 
@@ -282,17 +284,21 @@ def test_a_library_that_is_not_there_is_told_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr("scripts.command_line.find_spec", lambda module: None)
-    with pytest.raises(CommandLineError, match=rf"--log.{name} needs {name}: pip install .*\[{name}\]"):
+    with pytest.raises(
+        CommandLineError, match=rf"--log.{name} needs {name}: pip install .*\[{name}\]"
+    ):
         parse_train_config([f"--log.{name}"])
 
 
 def test_wandb_gets_configuration_and_files(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("<p>page</p>")
     to_wandb(Tracked(tmp_path, "run", {"optimizer.learning_rate": 0.5}), _feed([]))
-    records = _wandb_records(tmp_path)
-    (run,) = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+    import wandb
+
+    wandb.teardown()  # its other process writes the end of the file
+    (run,) = wandb_file.of_kind(tmp_path, "run")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["optimizer.learning_rate"] == 0.5
     assert (run.project, run.display_name) == ("shardloop", "run")
-    saved = [f.path for r in records if r.WhichOneof("record_type") == "files" for f in r.files.files]
-    assert "report.html" in saved
+    files = wandb_file.of_kind(tmp_path, "files")
+    assert [file.path for group in files for file in group.files] == ["report.html"]

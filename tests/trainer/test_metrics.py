@@ -142,9 +142,7 @@ def test_trackers_get_what_tensorboard_gets(tmp_path: Path) -> None:
     def track(*entry: Any) -> None:
         taken.append(entry)
 
-    with MetricsWriter(
-        tmp_path, QUIET, is_first=True, steps=2, step=0, trackers=[track]
-    ) as writer:
+    with MetricsWriter(tmp_path, QUIET, is_first=True, steps=2, step=0, trackers=[track]) as writer:
         writer.write({"step": 1, "eval_loss": 2.5}, [_SAMPLE])
         writer.write_goodput(1, {"goodput_pct": 50.0})
     assert taken == [
