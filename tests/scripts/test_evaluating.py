@@ -61,7 +61,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(
     data = tmp_path / "data"
     write_chat(data / "train.jsonl", count=120)
     write_chat(data / "test.jsonl", count=held_out, split="test")
-    model = write_model(tmp_path / "model", trained=False)  # whose answers differ
+    model = write_model(tmp_path / "model", trained=False, tied=False)  # whose answers differ
 
     def run(world_size: int, *more: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         out = tmp_path / f"out-{world_size}"

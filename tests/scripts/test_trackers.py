@@ -81,7 +81,9 @@ def test_a_run_and_its_continuation_arrive_whole(tmp_path: Path, cache_dir: Path
     history = wandb_file.history(out)
     found = {row["step"]: row["train/loss"] for row in history if "train/loss" in row}
     assert found == {row["step"]: row["loss"] for row in rows}
-    assert {"speed/tokens_per_second", "memory/memory_peak_gib", "data/tokens"} <= set().union(*history)
+    assert {"speed/tokens_per_second", "memory/memory_peak_gib", "data/tokens"} <= set().union(
+        *history
+    )
     assert [row["step"] for row in history if "evaluation/eval_loss" in row] == [0, 2, 4]
     tables = [row for row in history if any("samples" in name for name in row)]
     assert [row["step"] for row in tables] == [0, 2, 4]
