@@ -46,12 +46,14 @@ from data.config import source_configs
 from data.errors import DataError
 from models.config import LoraConfig
 from scripts.config import LASTING, TrainConfig
+from scripts.foreign_names import FOREIGN_NAMES
 
 EMBEDDED_RECIPE = Path(__file__).parent / "recipes" / "embedded.yaml"
 
 Config = TypeVar("Config")
 RunConfig = TypeVar("RunConfig", bound=TrainConfig)
 
+<<<<<<< HEAD
 # Names from the Hugging Face Trainer, TRL and peft. A value that starts with "--" is our flag for
 # the same thing; any other value completes the sentence that starts with the foreign name.
 FOREIGN_NAMES: dict[str, str] = {
@@ -153,6 +155,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "use_auth_token": "is read from the environment only: export HF_TOKEN",
 }
 
+=======
+>>>>>>> main
 # A function's name, package.module.function.
 _FUNCTION = r"\w+(\.\w+)+"
 
