@@ -353,6 +353,11 @@ def validate(config: TrainConfig) -> None:
     _check_functions(config)
     unknown = [key for key in config.allow_changed if key not in LASTING]
     _require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
+    for name in ("wandb", "mlflow"):
+        _require(
+            not getattr(config.log, name) or find_spec(name) is not None,
+            f"--log.{name} needs {name}: pip install -c constraints.txt -e '.[{name}]'",
+        )
     mirror = config.checkpoint.mirror
     _require(
         mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,

@@ -1,4 +1,4 @@
-"""The model of a run: built sharded and filled, judged before the first step, evaluated, written."""
+"""The model of a run: built sharded and filled, judged before the first step, written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from data.embedded import check_answer, questions
-from data.mixture import mix
-from data.store import open_packed, pack_store
 from models.build import (
     build_model,
     check_first_loss,
@@ -28,23 +25,17 @@ from models.build import (
 from models.causal_lm import PackedCausalLM
 from models.context_parallel import check_context_parallel
 from models.export import export_adapter, export_model, staged, write_model_files
-from models.generation import generate_answers
 from models.layers import sparse_layers
 from models.partial import init_adapters
 from models.tensor_parallel import tensor_parallel_plan
 from models.weights import LoadReport, init_weights, load_weights
-from scripts.batching import open_batches, slices
 from scripts.config import TrainConfig
-from scripts.extensions import own_change, own_evaluations, own_loss
+from scripts.extensions import own_change, own_loss
 from scripts.job import Job
 from scripts.model_card import model_card
 from scripts.partial import adapter_config, added_tokens, freeze_rest, part_record, trains_part
-from scripts.preparation import (
-    uses_embedded_data,
-)
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.distributed import raise_together
-from trainer.errors import TrainError
 from trainer.loop import LossFunction, evaluate_loss
 from trainer.loss import causal_lm_loss, routed_causal_lm_loss
 from trainer.optimizer import build_optimizer
@@ -162,78 +153,6 @@ def judge_first_loss(
     check_first_loss(loss, vocab_size=vocab_size)
     say(f"first loss {loss:.2f}; a guess costs {math.log(vocab_size):.2f}")
     return chain(first, micro_batches)
-
-
-def evaluate_model(
-    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`, and what the user's own evaluations return; {} when the run is told to stop meanwhile.
-
-    Raises:
-        TrainError: an own evaluation returned something else than new names of numbers.
-    """
-    values = _evaluate_held_out(job, model, tokenizer) if job.prepared["evaluation"] else {}
-    for name, function in own_evaluations(job.config).items():
-        if job.stop.agreed():
-            return {}
-        model.eval()
-        with torch.no_grad():
-            found = function(job, model, tokenizer)
-        model.train()
-        model.reshard()  # type: ignore[operator]  # a method of FSDP modules
-        fits = isinstance(found, dict) and all(
-            isinstance(value, (int, float)) for value in found.values()
-        )
-        if not fits or not found.keys().isdisjoint(values):
-            raise TrainError(
-                f"--evaluation.functions {name} returned {found!r:.200}; it must return a dict of numbers, "
-                f"with names of its own{' beside ' + ', '.join(values) if values else ''}"
-            )
-        values |= found
-    return values
-
-
-def _evaluate_held_out(
-    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    config = job.config
-    sources = [
-        pack_store(
-            open_packed(source["packs"]).examples.first(config.evaluation.max_rows),
-            method=config.data.packing,
-            seq_len=config.data.seq_len,
-        )
-        for source in job.prepared["evaluation"]
-    ]
-    batches = slices(job, open_batches(job, mix(sources), tokenizer, training=False))
-    loss = evaluate_loss(
-        model,
-        batches,
-        loss_fn=own_loss(config) or causal_lm_loss,
-        device=job.device,
-        parallel=config.parallel,
-        stop=job.stop,
-    )
-    if job.stop.agreed():
-        return {}
-    values = {"eval_loss": loss}
-    if uses_embedded_data(config) and config.evaluation.generate_rows > 0:
-        asked = questions("test", config.evaluation.generate_rows)
-        answers = generate_answers(
-            model,
-            tokenizer,
-            [prompt for prompt, _ in asked],
-            max_new_tokens=config.evaluation.max_new_tokens,
-            device=job.device,
-            copies=config.parallel.tp,
-        )
-        model.reshard()  # type: ignore[operator]  # a method of FSDP modules
-        right = sum(
-            check_answer(expected, answer)
-            for (_, expected), answer in zip(asked, answers, strict=True)
-        )
-        values["exact_match_pct"] = 100 * right / len(asked)
-    return values
 
 
 def save_model_files(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,11 +35,11 @@ from scripts.batching import (
 from scripts.command_line import printable_lines
 from scripts.config import TrainConfig, output_folder
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
+from scripts.evaluating import Evaluation, evaluate_model
 from scripts.extensions import check_extensions
 from scripts.job import Job
 from scripts.modelling import (
     build_sharded_model,
-    evaluate_model,
     export,
     judge_first_loss,
     optimizer_of,
@@ -59,7 +60,9 @@ from scripts.preparation import (
     prepare,
     read_tokenizer,
 )
+from scripts.report import write_report
 from scripts.resuming import lasting_settings, next_batches, open_mirror, resume
+from scripts.trackers import tracking
 from trainer.checkpoint import Checkpointer
 from trainer.crashes import Attempt
 from trainer.distributed import Ranks, max_over_ranks, once, raise_together, start
@@ -74,7 +77,7 @@ from trainer.hardware import (
     use_flash_attention,
 )
 from trainer.loop import Progress, Speedometer, train
-from trainer.metrics import MetricsWriter
+from trainer.metrics import MetricsWriter, Tracker
 from trainer.optimizer import learning_rates, state_bytes
 from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
@@ -187,7 +190,13 @@ def _run(job: Job, at_end: ExitStack) -> int:
         compiled=config.parallel.compile,
     )
     peak, peak_origin = peak_flops(job.device, DTYPES[config.parallel.param_dtype])
-    finished, before, after = train_steps(job, run, goodput, say, peak)
+    trackers: list[Tracker] = []
+    if ranks.is_first and not config.dry_run:
+        # Until everything is written: they take the report too.
+        trackers = at_end.enter_context(
+            tracking(config, job.output_dir, stopped=lambda: job.stop.signal is not None)
+        )
+    finished, before, after = train_steps(job, run, goodput, say, peak, trackers)
     if isinstance(run.batches, StreamedBatches):
         ledger = total_ledger(job, run.batches)
         raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
@@ -197,6 +206,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
         goodput.write(ended=True)
         if ranks.is_first:
             mark_preempted(job.output_dir, signal.Signals(number), run.progress.step)
+            report(job)
         say(reporting.stopped(job, number, run.progress.step))
         return 128 + number
 
@@ -220,6 +230,8 @@ def _run(job: Job, at_end: ExitStack) -> int:
         prove_checkpoint(run.checkpointer, run.model, run.optimizer)
         say(summary(job.output_dir) if ranks.is_first else "")
         return 0
+    if ranks.is_first:
+        report(job)
     say(goodput_table(totals))
     if compared:
         say(comparison_table(compared))
@@ -280,7 +292,9 @@ def _announce(job: Job, run: Pieces, say: Say) -> None:
     if step >= run.steps:
         say(f"nothing to train: {job.output_dir} is already at step {step} of {run.steps}")
     raise_together(
-        reporting.write_run_files(job, run.model, run.mesh, run.weights, run.mixture)
+        reporting.write_run_files(
+            job, run.model, run.mesh, run.weights, run.mixture, steps=run.steps
+        )
         if is_first
         else None
     )
@@ -288,7 +302,12 @@ def _announce(job: Job, run: Pieces, say: Say) -> None:
 
 
 def train_steps(
-    job: Job, run: Pieces, goodput: Goodput, say: Say, peak: float | None
+    job: Job,
+    run: Pieces,
+    goodput: Goodput,
+    say: Say,
+    peak: float | None,
+    trackers: Sequence[Tracker] = (),
 ) -> tuple[bool, dict[str, float], dict[str, float]]:
     """The loop with everything it calls.
 
@@ -305,7 +324,12 @@ def train_steps(
     after: dict[str, float] = {}
     with (
         MetricsWriter(
-            job.output_dir, config.log, is_first=ranks.is_first, steps=steps, step=progress.step
+            job.output_dir,
+            config.log,
+            is_first=ranks.is_first,
+            steps=steps,
+            step=progress.step,
+            trackers=trackers,
         ) as writer,
         Watchdog(config.guards.hang_seconds, job.output_dir, job.attempt) as watchdog,
         StepProfiler(
@@ -319,10 +343,12 @@ def train_steps(
 
         def evaluate(step: int) -> dict[str, float]:
             with goodput.measure("evaluation"):
-                values = {} if config.dry_run else evaluate_model(job, model, run.tokenizer)
-            if values:
-                writer.write({"step": step, **values})
-            return values
+                found = Evaluation()
+                if not config.dry_run:
+                    found = evaluate_model(job, model, run.tokenizer)
+            if found.numbers:
+                writer.write({"step": step, **found.numbers}, found.samples)
+            return found.numbers
 
         def save(now: Progress) -> None:
             with goodput.measure("checkpoint"):
@@ -334,6 +360,8 @@ def train_steps(
             profiler.advance(step)
             goodput.step(step, seconds, data_wait_seconds)
 
+        if ranks.is_first:
+            writer.describe(*reporting.description(job, run.mixture))
         if progress.step == 0:
             before = evaluate(0)
         if progress.step >= steps and was_preempted:  # maybe before its last evaluation
@@ -379,6 +407,12 @@ def train_steps(
             parallel=config.parallel,
         )
     return finished, before, after
+
+
+def report(job: Job) -> None:
+    """Write the page of the run, or warn that it could not be written."""
+    if error := write_report(job.output_dir):
+        print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def save_checkpoint(job: Job, run: Pieces, now: Progress, say: Say) -> None:

@@ -233,6 +233,7 @@ SCRIPTS: dict[str, Callable[[Reader, Call], None]] = {
     "generate.py": generate,
     "doctor.py": with_flags(),
     "plan.py": plan,
+    "report.py": with_flags(),
     "verify.py": with_flags("--only=[tied]"),
     "benchmark.py": flags_only,
     "chaos.py": flags_only,
@@ -301,6 +302,10 @@ def lm_eval(reader: Reader, command: Command) -> None:
     )
 
 
+def tensorboard(reader: Reader, command: Command) -> None:
+    assert command.words[1] == "--logdir"
+
+
 PROGRAMS: dict[str, Callable[[Reader, Command], None]] = {
     "python": Reader.script,
     "torchrun": Reader.script,
@@ -310,6 +315,7 @@ PROGRAMS: dict[str, Callable[[Reader, Command], None]] = {
     "sbatch": slurm,
     "sky": sky,
     "lm_eval": lm_eval,
+    "tensorboard": tensorboard,
 }
 """Program -> what is done with a command of it."""
 

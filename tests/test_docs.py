@@ -17,7 +17,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 _FLAGS_OF_OTHERS = {
     "--nproc_per_node", "--nnodes", "--node_rank", "--rdzv", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint",
     "--master_addr", "--master_port", "--name", "--type", "--size", "--min", "--max", "--set", "--signal", "--shutdown",
-    "--per_device_train_batch_size", "--local_addr",
+    "--per_device_train_batch_size", "--local_addr", "--logdir",
     # Groups of ours.
     "--parallel", "--lora", "--optimizer", "--model",
 }  # fmt: skip
@@ -42,7 +42,9 @@ def test_names_of_other_trainers_are_answered_as_the_page_says() -> None:
     assert [row for row in rows if FOREIGN_NAMES.get(row[0]) != row[1]] == []
 
 
-@pytest.mark.parametrize("name", ["migration", "doctor", "launch", "recipes", "troubleshooting"])
+@pytest.mark.parametrize(
+    "name", ["migration", "doctor", "launch", "recipes", "troubleshooting", "watching"]
+)
 def test_our_flags_are_declared(name: str) -> None:
     known = {
         option
