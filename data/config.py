@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from data.errors import DataError
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenised")
+FORMATS = (
+    "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenised", "preference"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,14 @@ class DataConfig:
     """Branch, tag or commit of the hub dataset; it is resolved to a commit once and recorded in run.json."""
 
     format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenised"
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "text",
+        "tokenised",
+        "preference",
     ] = "auto"
     """What the columns mean (docs/data.md); auto tells it by their names."""
 

@@ -651,6 +651,14 @@ def _check_functions(config: TrainConfig) -> None:
                 path is None or re.fullmatch(_FUNCTION, path) is not None,
                 f"--{name} must be package.function, the name of a function in a module, got {path!r}",
             )
+    _require(
+        config.loss is not None or not config.loss_options,
+        "--loss_options are arguments of an own loss: give --loss package.function too",
+    )
+    _require(
+        all(isinstance(key, str) and key.isidentifier() for key in config.loss_options),
+        "--loss_options must have names of arguments as keys",
+    )
     for name, value, known in (
         ("optimizer.name", config.optimizer.name, ("adamw", "muon")),
         ("schedule.name", config.schedule.name, ("cosine", "linear", "constant", "wsd")),

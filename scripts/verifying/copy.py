@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ STEPS = 4
 SEQ_LEN = 256
 """Tokens of a packed row, more where the rows have no labels in so few."""
 _PACKED_ROWS = 8
+Overlong = Literal["drop", "truncate", "split", "error"]
 # Large enough that what leaks or is missing moves the loss far beyond rounding.
 _INITIALIZER_RANGE = 0.1
 
@@ -88,22 +89,21 @@ def copy_of(
             dtype="float32",
         )
         config = replace(config, model=model)
-        lengths = [config.data.seq_len]
+        attempts = [(config.data.seq_len, config.data.overlong)]
     else:
         config = _with_tiny_model(config, tokenizer, source, folder / "tiny")
-        lengths = list(_lengths(config.data.seq_len, cp=config.parallel.cp))
-    for seq_len in lengths:
-        overlong = config.data.overlong if seq_len == config.data.seq_len else "truncate"
+        attempts = list(_attempts(config.data, cp=config.parallel.cp))
+    for seq_len, overlong in attempts:
         chosen = replace(config, data=replace(config.data, seq_len=seq_len, overlong=overlong))
         try:
             # Tokens of a few rows are of no use to a run: they are not kept in the cache.
             prepared = prepare(chosen, folder, device_type=config.device)
             rows = len(open_mixture(chosen.data, prepared))
         except DataError:
-            if seq_len == lengths[-1]:
+            if (seq_len, overlong) == attempts[-1]:
                 raise
             continue
-        if rows >= _PACKED_ROWS or seq_len == lengths[-1]:
+        if rows >= _PACKED_ROWS:
             break
     if rows < global_batch_size:
         raise DataError(
@@ -113,13 +113,16 @@ def copy_of(
     return chosen, {**prepared, "evaluation": []}
 
 
-def _lengths(seq_len: int, *, cp: int) -> Iterator[int]:
-    """256, 512, ... rounded up to what `cp` divides, and at last `seq_len`."""
+def _attempts(config: DataConfig, *, cp: int) -> Iterator[tuple[int, Overlong]]:
+    """Lengths of rows, 256, 512, ... rounded up to what `cp` divides, each with what to do with longer examples; at last
+    what is configured.
+    """
     length = SEQ_LEN
-    while (rounded := -(-length // cp) * cp) < seq_len:
-        yield rounded
+    while (rounded := -(-length // cp) * cp) < config.seq_len:
+        yield rounded, "truncate"
+        yield rounded, "drop"  # pairs of answers are not cut
         length *= 2
-    yield seq_len
+    yield config.seq_len, config.overlong
 
 
 def _few_rows(config: DataConfig, cache_dir: Path, folder: Path) -> DataConfig:
