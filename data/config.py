@@ -51,7 +51,7 @@ class DataConfig:
         "tokenised",
         "preference",
     ] = "auto"
-    """What the columns mean (docs/data.md); auto tells it by their names."""
+    """What the columns mean (docs/data.md): messages, sharegpt, alpaca, prompt_completion, text, tokenised or preference; auto tells it by their names."""
 
     transform: str | None = None
     """Own change of every row, as package.function: a function of (row) that returns the row to use, or None to leave it out (docs/extend.md)."""

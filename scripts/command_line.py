@@ -155,6 +155,7 @@ FOREIGN_NAMES: dict[str, str] = {
 
 # A function's name, package.module.function.
 _FUNCTION = r"\w+(\.\w+)+"
+_SHOWN_CHOICES = 60  # characters of a flag's choices that --help has room for
 
 # Inclusive lower bounds. The types are already right when these are checked.
 _AT_LEAST: dict[str, float] = {
@@ -822,7 +823,9 @@ def _placeholder(hint: Any) -> str:
     """What stands for the value in the help."""
     hint = _alternatives(hint)[0]
     if get_origin(hint) is Literal:
-        return "{" + ",".join(get_args(hint)) + "}"
+        names = ",".join(get_args(hint))
+        # All of them are in the flag's text, and in the error about any other.
+        return f"{{{names}}}" if len(names) <= _SHOWN_CHOICES else f"{{{get_args(hint)[0]},...}}"
     if get_origin(hint) is tuple:
         items = ("..." if item is ... else _placeholder(item) for item in get_args(hint))
         return "[" + ",".join(items) + "]"

@@ -22,7 +22,8 @@ from scripts.preparation import open_mixture, prepare, prepare_model, read_token
 from trainer.config import CheckpointConfig, EvaluationConfig, LogConfig
 
 ROWS = 200
-"""Of each source."""
+"""Of each source; with --full as many as make its packed rows if they have so many tokens:"""
+_TOKENS_OF_A_ROW = 16
 STEPS = 4
 SEQ_LEN = 256
 """Tokens of a packed row, more where the rows have no labels in so few."""
@@ -50,9 +51,12 @@ def copy_of(
     Raises:
         DataError, ModelError: what the user can mend.
     """
+    rows_read = ROWS
+    if full:
+        rows_read = max(ROWS, global_batch_size * config.data.seq_len // _TOKENS_OF_A_ROW)
     config = replace(
         config,
-        data=_few_rows(config.data, cache_dir, folder),
+        data=_few_rows(config.data, cache_dir, folder, rows_read),
         steps=STEPS,
         global_batch_size=global_batch_size,
         resume="auto",
@@ -107,7 +111,7 @@ def copy_of(
             break
     if rows < global_batch_size:
         raise DataError(
-            f"the first {ROWS} rows of each source make {rows} packed rows, and a step takes {global_batch_size}; "
+            f"the first {rows_read} rows of each source make {rows} packed rows, and a step takes {global_batch_size}; "
             "give more data, or a smaller data.seq_len"
         )
     return chosen, {**prepared, "evaluation": []}
@@ -125,8 +129,8 @@ def _attempts(config: DataConfig, *, cp: int) -> Iterator[tuple[int, Overlong]]:
     yield config.seq_len, config.overlong
 
 
-def _few_rows(config: DataConfig, cache_dir: Path, folder: Path) -> DataConfig:
-    """The same options for files that hold the first rows of each source; what is prepared stays."""
+def _few_rows(config: DataConfig, cache_dir: Path, folder: Path, count: int) -> DataConfig:
+    """The same options for files that hold the first `count` rows of each source; what is prepared stays."""
     entries, files = [], []
     for number, source in enumerate(source_configs(config)):
         if source.data.prepared is not None:
@@ -134,7 +138,8 @@ def _few_rows(config: DataConfig, cache_dir: Path, folder: Path) -> DataConfig:
         else:
             file = folder / f"rows-{number}.jsonl"
             lines = (
-                json.dumps(row, default=str) + "\n" for row in _first_rows(source.data, cache_dir)
+                json.dumps(row, default=str) + "\n"
+                for row in _first_rows(source.data, cache_dir, count)
             )
             file.write_text("".join(lines), encoding="utf-8")
             files.append({"path": str(file)})
@@ -162,12 +167,12 @@ def _few_rows(config: DataConfig, cache_dir: Path, folder: Path) -> DataConfig:
     return replace(plain, sources=tuple(entries)) if config.sources else replace(plain, **files[0])
 
 
-def _first_rows(config: DataConfig, cache_dir: Path) -> list[Row]:
+def _first_rows(config: DataConfig, cache_dir: Path, count: int) -> list[Row]:
     if config.streaming:
-        rows = islice(stream_rows(config, config.split, cache_dir=cache_dir), ROWS)
+        rows = islice(stream_rows(config, config.split, cache_dir=cache_dir), count)
         return [row for row in rows if row]
     rows = load_rows(config, config.split, cache_dir=cache_dir).rows
-    return [row for row in (rows[i] for i in range(min(ROWS, len(rows)))) if row]
+    return [row for row in (rows[i] for i in range(min(count, len(rows)))) if row]
 
 
 def _with_tiny_model(
