@@ -8,8 +8,9 @@ python scripts/benchmark.py memory [--seq_len N] [--layers N] [--width N] [--rep
 python scripts/benchmark.py step [--shape S] [--dtype D] [--packing P] [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py limit [--shape S] [--dtype D] [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py overhead [--steps N] [--blocks N] [--repeats N] [--json FILE]
+python scripts/benchmark.py gpu [--gpus N] [--steps N] [--minutes N] [--calibration FILE] [--json FILE]
 
-Each command is a module of scripts/benchmarks and prints Markdown tables. None needs a GPU.
+Each command is a module of scripts/benchmarks and prints Markdown tables. Only `gpu` needs one.
 docs/benchmarks.md says what each side does.
 """
 
@@ -25,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.benchmarks import checkpoint, data, limit, load, loss, memory, overhead, step
+from scripts.benchmarks import checkpoint, data, gpu, limit, load, loss, memory, overhead, step
 
 COMMANDS = {
     "checkpoint": checkpoint,
     "data": data,
+    "gpu": gpu,
     "limit": limit,
     "load": load,
     "loss": loss,
