@@ -7,8 +7,6 @@ import math
 import os
 import random
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from scripts.examples.dpo import answer_log_probabilities, dpo_loss
 from scripts.examples.losses import focal_loss
 from scripts.examples.preferences import right_and_wrong, spoilt
 from scripts.examples.pretraining import article
-from tests.support.command import ROOT, clean_environment, run_command, torchrun
+from tests.support.command import ROOT
 from tests.support.job import EXACT, losses, read_rows, train
 from tests.support.models import packed_batch, random_documents, tiny_model
 from tests.support.ranks import run_ranks
@@ -535,44 +533,3 @@ def test_the_own_loop_trains_as_train_does_and_goes_on_from_its_checkpoint(tmp_p
     ]
     assert [line for line in lines if line.startswith("step ")] == expected
     assert (tmp_path / "own" / "export" / "model.safetensors").is_file()
-
-
-# ------------------------------------------------------------------------------------- the pages
-
-
-def _commands() -> list[tuple[str, str]]:
-    """Every command of the pages that trains or proves, by the name of its page."""
-    found = []
-    for page in sorted(PAGES.glob("*.md")):
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.S):
-            lines = block.replace("\\\n", " ").splitlines()
-            found += [(page.stem, line) for line in lines if not line.startswith("export ")]
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("page", "command"), _commands(), ids=lambda value: value.replace(" ", "_")[:40]
-)
-def test_the_commands_of_the_pages_run(tmp_path: Path, page: str, command: str) -> None:
-    """By torchrun, as they stand, but for the number of steps; where they name files there are some."""
-    body = "Many words that say nothing at all, again and again, in a row of twenty or more: one two three four five."
-    write_rows(tmp_path / "articles.jsonl", [{"title": f"{n}", "body": body} for n in range(400)])
-    (tmp_path / "texts").mkdir()
-    write_rows(tmp_path / "texts" / "new.jsonl", [{"text": body}])
-    for name in ("chat.jsonl", "code.jsonl"):
-        write_chat(tmp_path / name, count=400)
-    write_model(tmp_path / "outputs" / "demo" / "export", vocab_size=512)
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    launcher, *args = shlex.split(command)
-    env = clean_environment(tmp_path / "user") | {"PYTHONPATH": str(ROOT)}
-    if launcher == "python":
-        only = ["--only=[packed, masked]"]
-        result = run_command([sys.executable, *args, *only], timeout=280, env=env, cwd=tmp_path)
-    else:
-        more = ["--data.seq_len=128", "--evaluation.max_rows=16", "--evaluation.generate_rows=0"]
-        steps = [] if "--steps" in args else ["--steps=3"]
-        script = [*args[1:], *more, *steps]
-        result = torchrun(script, timeout=280, env=env, cwd=tmp_path)
-    assert result.returncode == 0, result.output
