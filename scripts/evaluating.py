@@ -15,11 +15,11 @@ from data.store import TokenStore, open_packed, pack_store
 from models.causal_lm import PackedCausalLM
 from models.generation import continue_prompts
 from scripts.batching import open_batches, slices
-from scripts.extensions import own_evaluations, own_loss
+from scripts.extensions import own_evaluations
 from scripts.job import Job
 from scripts.preparation import uses_embedded_data
 from trainer.errors import TrainError
-from trainer.loop import evaluate_loss
+from trainer.loop import LossFunction, evaluate_loss
 from trainer.loss import causal_lm_loss
 from trainer.metrics import Sample
 
@@ -41,7 +41,7 @@ class Evaluation:
 
 
 def evaluate_model(
-    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase, loss_fn: LossFunction
 ) -> Evaluation:
     """`eval_loss` and `perplexity` on the held-out rows, answers to some of them, and what the user's own evaluations return; nothing when the run is told to stop meanwhile.
 
@@ -50,7 +50,9 @@ def evaluate_model(
     """
     evaluation = Evaluation()
     if job.prepared["evaluation"]:
-        evaluation = _evaluate_held_out(job, model, tokenizer)
+        # Of the usual losses, cross-entropy alone is comparable.
+        comparable = loss_fn if job.config.loss else causal_lm_loss
+        evaluation = _evaluate_held_out(job, model, tokenizer, comparable)
     values = evaluation.numbers
     for name, function in own_evaluations(job.config).items():
         if job.stop.agreed():
@@ -73,7 +75,7 @@ def evaluate_model(
 
 
 def _evaluate_held_out(
-    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
+    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase, loss_fn: LossFunction
 ) -> Evaluation:
     config = job.config
     stores = [
@@ -88,7 +90,7 @@ def _evaluate_held_out(
     loss = evaluate_loss(
         model,
         batches,
-        loss_fn=own_loss(config) or causal_lm_loss,
+        loss_fn=loss_fn,
         device=job.device,
         parallel=config.parallel,
         stop=job.stop,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
+from data.formats import DOCUMENTS_OF_A_ROW
 from data.loader import PackedBatches
 from data.mixture import Mixture
 from data.streaming import StreamedBatches
@@ -39,12 +40,13 @@ from scripts.evaluating import Evaluation, evaluate_model
 from scripts.extensions import check_extensions
 from scripts.job import Job
 from scripts.modelling import (
+    build_loss,
     build_sharded_model,
+    check_units,
     export,
     judge_first_loss,
     optimizer_of,
     save_model_files,
-    training_loss,
 )
 from scripts.partial import flops_of_part, part_record, trains_part
 from scripts.planned import (
@@ -76,7 +78,7 @@ from trainer.hardware import (
     seed_generators,
     use_flash_attention,
 )
-from trainer.loop import Progress, Speedometer, train
+from trainer.loop import LossFunction, Progress, Speedometer, train
 from trainer.metrics import MetricsWriter, Tracker
 from trainer.optimizer import learning_rates, state_bytes
 from trainer.output import clear_preempted, mark_preempted, sole_writer
@@ -112,7 +114,7 @@ def run(
     )
     use_flash_attention(config.model.flash_attention, device_type)
     data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
-    micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
+    batch_sizes(config, data.size)  # what does not divide is said before anything is fetched
     pinned = pin_revisions(config, output_dir)
     with ExitStack() as at_end:
 
@@ -125,25 +127,48 @@ def run(
         prepared = once(ranks, "prepare", prepare_alone, shared_folder=cache_dir)
         device = start(ranks, device_type, timeout_seconds=config.guards.collective_timeout_seconds)
         at_end.callback(dist.destroy_process_group)
-        job = Job(
-            config=config,
-            cache_dir=cache_dir,
-            output_dir=output_dir,
-            ranks=ranks,
-            data_rank=data,
-            stop=stop,
-            attempt=attempt,
-            device=device,
-            micro_batch_size=micro_batch_size,
-            global_batch_size=global_batch_size,
-            grad_accum_steps=grad_accum_steps,
-            prepared=prepared,
+        job = new_job(
+            config, cache_dir, ranks, device, prepared, output_dir, stop=stop, attempt=attempt
         )
         if config.dry_run:
             folder = at_end.enter_context(temporary_output(ranks, output_dir))
             job = replace(job, output_dir=folder)
         with explained(job):
             return _run(job, at_end)
+
+
+def new_job(
+    config: TrainConfig,
+    cache_dir: Path,
+    ranks: Ranks,
+    device: torch.device,
+    prepared: dict[str, Any],
+    output_dir: Path,
+    *,
+    stop: StopRequest | None = None,
+    attempt: Attempt | None = None,
+) -> Job:
+    """A job, with its batch sizes and this rank's part of the data; without `stop` no signal is answered.
+
+    Raises:
+        TrainError: sizes that do not divide.
+    """
+    data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
+    micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
+    return Job(
+        config=config,
+        cache_dir=cache_dir,
+        output_dir=output_dir,
+        ranks=ranks,
+        data_rank=data,
+        stop=stop or StopRequest(),
+        attempt=attempt or Attempt(None, ""),
+        device=device,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        grad_accum_steps=grad_accum_steps,
+        prepared=prepared,
+    )
 
 
 @dataclass(frozen=True)
@@ -158,6 +183,7 @@ class Pieces:
     model: PackedCausalLM
     weights: LoadReport | None
     """None for random weights."""
+    loss: LossFunction
     optimizer: torch.optim.Optimizer
     checkpointer: Checkpointer
     settings: dict[str, Any]
@@ -249,6 +275,13 @@ def assemble(job: Job, at_end: ExitStack) -> Pieces:
     steps = config.steps or math.ceil(rows * config.epochs / job.global_batch_size)
     mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=job.device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
+    loss = build_loss(job, model)
+    pairs = (
+        mixture.sources[0].documents.group > 1
+        if mixture is not None
+        else job.prepared["stream"]["format"] in DOCUMENTS_OF_A_ROW
+    )
+    check_units(config, loss, pairs=pairs)
     # What a model draws while training differs by rank, but not on ranks that compute together.
     seed_generators(config.seed + ranks.rank // config.parallel.tp)
     optimizer = optimizer_of(model, config.optimizer)
@@ -271,6 +304,7 @@ def assemble(job: Job, at_end: ExitStack) -> Pieces:
         mesh=mesh,
         model=model,
         weights=weights,
+        loss=loss,
         optimizer=optimizer,
         checkpointer=checkpointer,
         settings=settings,
@@ -345,7 +379,7 @@ def train_steps(
             with goodput.measure("evaluation"):
                 found = Evaluation()
                 if not config.dry_run:
-                    found = evaluate_model(job, model, run.tokenizer)
+                    found = evaluate_model(job, model, run.tokenizer, run.loss)
             if found.numbers:
                 writer.write({"step": step, **found.numbers}, found.samples)
             return found.numbers
@@ -371,7 +405,7 @@ def train_steps(
             model,
             run.optimizer,
             micro_batches,
-            loss_fn=training_loss(config, model),
+            loss_fn=run.loss,
             learning_rate=learning_rates(
                 config.schedule, steps=steps, peak=config.optimizer.learning_rate
             ),

@@ -8,6 +8,7 @@ add its script to SCRIPTS, or its program to PROGRAMS.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -68,7 +69,9 @@ class Reader:
         for place in ("cache", "data-disk/cache", "local-disk/cache", "shared-disk/cache"):
             (folder / place).parent.mkdir(exist_ok=True)
             (folder / place).symlink_to(self.cache_dir)
-        write_chat(folder / "chat.jsonl", count=20)
+        for name in ("chat.jsonl", "code.jsonl"):
+            write_chat(folder / name, count=20)
+        self.of_examples()
         write_chat(folder / "corpus" / "train.jsonl", count=20)
         write_chat(folder / "bucket" / "set" / "train.jsonl", count=20)
         (folder / "job.yaml").write_text("model:\n  name: Qwen/Qwen3-8B\ndata:\n  name: org/chat\n")
@@ -79,6 +82,18 @@ class Reader:
         (folder / "my_project" / "losses.py").write_text(
             code.replace("z_loss", "focal_loss"), encoding="utf-8"
         )
+
+    def of_examples(self) -> None:
+        """What the pages of docs/examples name: articles, texts to watch, and the model that `make demo` trains."""
+        body = (
+            "Words of an article that has more than twenty of them, so that it is long enough. " * 2
+        )
+        rows = [{"title": f"Day {number}", "body": body} for number in range(20)]
+        for name, lines in (("articles", rows), ("texts/new", [{"text": body}])):
+            file = self.folder / f"{name}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        write_model(self.folder / "outputs" / "demo" / "export")
 
     # --------------------------------------------------------------------------------- our scripts
 
