@@ -23,7 +23,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     device: torch.device,
-    batch_size: int = 64,
+    batch_size: int = 128,
     copies: int = 1,
 ) -> list[str]:
     """Answer every conversation by greedy decoding; each rank takes its share and all return all answers.
