@@ -43,6 +43,9 @@ class ModelConfig:
     attention: Literal["packed", "sdpa"] = "packed"
     """packed: variable-length kernel on CUDA, document by document on CPU; sdpa: PyTorch SDPA with a dense mask."""
 
+    flash_attention: Literal["auto", "FA2", "FA3", "FA4"] = "auto"
+    """FlashAttention behind torch's attention on GPUs: FA2 is torch's own; FA3 (Hopper) and FA4 (Blackwell) need their package; auto takes the GPU's where it is installed."""
+
     function: str | None = None
     """Own change of the model, as package.function: a function of (model), called before it is sharded and filled with weights (docs/extend.md)."""
 

@@ -10,8 +10,9 @@ python scripts/benchmark.py limit [--shape S] [--dtype D] [--steps N] [--repeats
 python scripts/benchmark.py overhead [--steps N] [--blocks N] [--repeats N] [--json FILE]
 python scripts/benchmark.py scaling [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py start [--job J] [--repeats N] [--json FILE]
+python scripts/benchmark.py gpu [--gpus N] [--steps N] [--minutes N] [--calibration FILE] [--json FILE]
 
-Each command is a module of scripts/benchmarks and prints Markdown tables. None needs a GPU.
+Each command is a module of scripts/benchmarks and prints Markdown tables. Only `gpu` needs one.
 docs/benchmarks.md says what each side does.
 """
 
@@ -32,11 +33,24 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.benchmarks import checkpoint, data, limit, load, loss, memory, overhead, scaling, start, step
+from scripts.benchmarks import (
+    checkpoint,
+    data,
+    gpu,
+    limit,
+    load,
+    loss,
+    memory,
+    overhead,
+    scaling,
+    start,
+    step,
+)
 
 COMMANDS = {
     "checkpoint": checkpoint,
     "data": data,
+    "gpu": gpu,
     "limit": limit,
     "load": load,
     "loss": loss,

@@ -27,6 +27,7 @@ try:
     from data.config import source_configs
     from data.errors import DataError
     from models.errors import ModelError
+    from scripts.collective import check_collective
     from scripts.command_line import CommandLineError, parse_run_config, printable, to_yaml
     from scripts.config import TrainConfig, output_folder
     from scripts.environment import use_cache_dir
@@ -97,9 +98,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def examine(config: DoctorConfig) -> Iterator[Finding]:
     """Everything that is found, in the order in which it should be mended."""
-    broken = check_versions()
-    yield from broken
-    if any("not installed" in finding.text for finding in broken):
+    yield from check_versions(extras=_extras(config))
+    if any("not installed" in finding.text for finding in check_versions()):
         return  # nothing below can be imported
     yield from check_launcher()
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -114,6 +114,7 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield from check_gpus(gpus, config)
     yield from check_topology(gpus=len(gpus), world_size=world_size)
     yield from check_shared_memory(config, gpus=len(gpus))
+    yield from check_collective(ranks=len(gpus))
     if cache_dir is None:
         yield Finding("error", "cache_dir", fault)
         yield from check_folder("output_dir", output_folder(config).absolute(), needed=0)
@@ -142,6 +143,18 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     if shape is not None:
         memory = min((gpu.total for gpu in gpus), default=None)
         yield check_fit(config, shape, world_size=world_size, memory=memory)
+
+
+def _extras(config: TrainConfig) -> list[str]:
+    """Those of setup.cfg that this run needs."""
+    places = [source.data.path or "" for source in source_configs(config.data)]
+    places.append(config.checkpoint.mirror or "")
+    wanted = {
+        "lora": config.lora.rank > 0,
+        "torchao": config.parallel.float8 != "none",
+        "s3": any(place.startswith("s3://") for place in places),
+    }
+    return [extra for extra, is_needed in wanted.items() if is_needed]
 
 
 def check_cache(config: TrainConfig) -> tuple[list[Finding], bool]:

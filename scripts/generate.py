@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, f"generate.py: error: {arguments.model} holds no model (no config.json)\n")
     base = arguments.base
     if is_adapter and base is None:
-        adapter = json.loads((arguments.model / "adapter_config.json").read_text(encoding="utf-8"))
-        base = Path(adapter["base_model_name_or_path"])
+        base = base_of(arguments.model)
     if is_adapter and not (base / "config.json").is_file():
         parser.exit(
             2,
@@ -87,6 +87,18 @@ def main(argv: list[str] | None = None) -> int:
             parser.exit(2, f"generate.py: error: {printable(str(error))}\n")
         answer(folder, arguments.prompt, max_new_tokens=arguments.max_new_tokens)
     return 0
+
+
+def base_of(adapter: Path) -> Path:
+    """Where the model of an adapter is: what peft's configuration names, or, if that is a model on the hub, where the run had it."""
+    text = (adapter / "adapter_config.json").read_text(encoding="utf-8")
+    named = Path(json.loads(text)["base_model_name_or_path"])
+    for state in sorted(adapter.parent.glob("checkpoints/step-*/state.json"), reverse=True):
+        if (named / "config.json").is_file():
+            break
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return Path(json.loads(state.read_text(encoding="utf-8"))["partial"]["base"]["folder"])
+    return named
 
 
 def answer(

@@ -40,26 +40,30 @@ class Finding(NamedTuple):
     """What to do about it; empty where nothing is to be done."""
 
 
-def check_versions(requirements: Iterable[str] | None = None) -> list[Finding]:
-    """Installed packages against the ranges of setup.cfg, without importing one."""
+def check_versions(
+    requirements: Iterable[str] | None = None, *, extras: Sequence[str] = ()
+) -> list[Finding]:
+    """Installed packages against the ranges of setup.cfg, those of some of its extras too, without importing one."""
     from packaging.requirements import Requirement
 
     if requirements is None:
         setup = configparser.ConfigParser()
         setup.read(ROOT / "setup.cfg")
         requirements = setup["options"]["install_requires"].split("\n")
+        for extra in extras:
+            requirements += setup["options.extras_require"][extra].split("\n")
+    install = _INSTALL if not extras else f"{_INSTALL[:-1]}'.[{','.join(extras)}]'"
     found, findings = {"python": platform.python_version()}, []
     for requirement in map(Requirement, filter(None, map(str.strip, requirements))):
         try:
             found[requirement.name] = version(requirement.name)
         except PackageNotFoundError:
-            findings.append(
-                Finding("error", "versions", f"{requirement} is not installed", _INSTALL)
-            )
+            text = f"{requirement} is not installed"
+            findings.append(Finding("error", "versions", text, install))
             continue
         if not requirement.specifier.contains(found[requirement.name], prereleases=True):
             text = f"{requirement.name} {found[requirement.name]} is not {requirement.specifier}"
-            findings.append(Finding("error", "versions", text, _INSTALL))
+            findings.append(Finding("error", "versions", text, install))
     shown = ("python", "torch", "transformers", "datasets", "huggingface_hub")
     text = ", ".join(f"{name} {found[name]}" for name in shown if name in found)
     return findings or [Finding("ok", "versions", text)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from models.errors import ModelError
 from scripts.command_line import CommandLineError, parse_run_config, printable
 from scripts.config import TrainConfig
 from scripts.environment import use_cache_dir
+from trainer.preemption import Stopped, StopRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +52,19 @@ class PrepareConfig(TrainConfig):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepare the data; returns the exit code: 0, 1 for unusable data, 2 for a wrong command line."""
+    """Prepare the data; returns the exit code: 0, 1 for unusable data, 2 for a wrong command line, 128 + n after signal n."""
+    stop = StopRequest()
+    try:
+        with stop.listening():
+            return _main(argv)
+    except (Stopped, KeyboardInterrupt):
+        number = stop.signal or signal.SIGINT
+        how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+        print(f"prepare_data.py: {how}; finished parts are kept", file=sys.stderr)
+        return 128 + number
+
+
+def _main(argv: list[str] | None) -> int:
     try:
         config = parse_run_config(PrepareConfig, "prepare_data.py", argv)
         shard = parse_shard(config.shard)
@@ -62,9 +76,6 @@ def main(argv: list[str] | None = None) -> int:
     except (CommandLineError, DataError, ModelError) as error:
         print(f"prepare_data.py: error: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, CommandLineError) else 1
-    except KeyboardInterrupt:
-        print("prepare_data.py: interrupted; finished parts are kept", file=sys.stderr)
-        return 130
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:

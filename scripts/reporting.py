@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.attention import current_flash_attention_impl
 
 from data.config import source_configs
 from data.ledger import Ledger
@@ -67,6 +68,7 @@ def header(
         + (f", {steps * job.global_batch_size / len(mixture):.1f} epochs" if mixture else ""),
         "ranks": f"{world_size} on {device_name(job.device)}"
         + (" each" if world_size > 1 else "")
+        + (f", {flash}" if (flash := current_flash_attention_impl()) else "")
         + (
             f", {' x '.join(f'{name} {size}' for name, size in sizes.items() if size > 1)}"
             if job.data_rank.size < world_size

@@ -10,8 +10,10 @@ import hashlib
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,6 +33,9 @@ from trainer.crashes import Attempt
 from trainer.errors import PeerLostError, TrainError, TransientError
 from trainer.launchers import launch_fault
 from trainer.preemption import Stopped, StopRequest, end_with_launcher
+
+# In which a launcher has surely ended the siblings of a rank that failed.
+_LAUNCHER_SECONDS = 30.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,8 +70,8 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
     try:
         config = parse_train_config(argv)
         attempt = _attempt(config)
-        if attempt.is_hopeless():
-            return 1  # the first attempt has said why
+        if (crash := attempt.hopeless()) is not None:
+            return _end_again(crash)
         attempt.refuse_repetition()
         cache_dir = use_cache_dir(config.cache_dir)
         # Only now: what follows imports libraries that read the cache variables when they are imported.
@@ -101,10 +106,20 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
         raise
 
 
+def _end_again(crash: dict[str, Any]) -> int:
+    """End as the attempt did that has said why no restart helps: the same rank first, with the same exit code.
+
+    A launcher names the first rank that ended; the others wait to be ended by it.
+    """
+    if crash["rank"] != int(os.environ.get("RANK", "0")):
+        time.sleep(_LAUNCHER_SECONDS)
+    return 2 if crash["kind"] == CommandLineError.__name__ else 1
+
+
 def _is_hopeless(argv: list[str] | None) -> bool:
     """Whether the launcher ends this rank because its siblings have just ended, with nothing left to say."""
     with suppress(Exception):
-        return _attempt(parse_train_config(argv)).is_hopeless()
+        return _attempt(parse_train_config(argv)).hopeless() is not None
     return False
 
 

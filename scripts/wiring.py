@@ -66,7 +66,13 @@ from trainer.distributed import Ranks, max_over_ranks, once, raise_together, sta
 from trainer.errors import PeerLostError, TrainError
 from trainer.goodput import Goodput, goodput_table
 from trainer.guards import Guards, explain
-from trainer.hardware import choose_device, configure, peak_flops, seed_generators
+from trainer.hardware import (
+    choose_device,
+    configure,
+    peak_flops,
+    seed_generators,
+    use_flash_attention,
+)
 from trainer.loop import Progress, Speedometer, train
 from trainer.metrics import MetricsWriter
 from trainer.optimizer import learning_rates, state_bytes
@@ -95,7 +101,13 @@ def run(
     check_extensions(config)
     device_type = choose_device(config.device, local_world_size=ranks.local_world_size)
     output_dir = output_folder(config)
-    configure(device_type, local_world_size=ranks.local_world_size, output_dir=output_dir)
+    configure(
+        device_type,
+        local_world_size=ranks.local_world_size,
+        output_dir=output_dir,
+        symmetric_memory=config.parallel.symmetric_memory,
+    )
+    use_flash_attention(config.model.flash_attention, device_type)
     data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
     micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
     pinned = pin_revisions(config, output_dir)

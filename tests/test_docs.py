@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from scripts.command_line import FOREIGN_NAMES, build_parser
+from scripts.command_line import build_parser
 from scripts.doctor import DoctorConfig
+from scripts.foreign_names import FOREIGN_NAMES
 from tests.support.command import ROOT
 
 DOCS = ROOT / "docs"
@@ -16,7 +17,9 @@ PAGES = sorted(DOCS.glob("*.md"))
 _FLAGS_OF_OTHERS = {
     "--nproc_per_node", "--nnodes", "--node_rank", "--rdzv", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint",
     "--master_addr", "--master_port", "--name", "--type", "--size", "--min", "--max", "--set", "--signal", "--shutdown",
-    "--per_device_train_batch_size", "--parallel",
+    "--per_device_train_batch_size", "--local_addr",
+    # Groups of ours.
+    "--parallel", "--lora", "--optimizer", "--model",
 }  # fmt: skip
 
 
@@ -62,3 +65,14 @@ def test_messages_that_are_explained_are_ours() -> None:
         for file in sorted((ROOT / package).rglob("*.py"))
     ]  # fmt: skip
     assert [m for m in messages if not any(m in source for source in sources)] == []
+
+
+def test_the_tour_names_functions_where_they_are() -> None:
+    text = (DOCS / "tour.md").read_text(encoding="utf-8")
+    stops = re.findall(r"\[([\w/]+\.py)\]\([^)]+\)\s+((?:`\w+`(?:,\s+|\s+and\s+)?)+)", text)
+    assert len(stops) > 25
+    for file, names in stops:
+        defined = re.findall(
+            r"^\s*(?:def|class) (\w+)", (ROOT / file).read_text(encoding="utf-8"), re.M
+        )
+        assert {*re.findall(r"\w+", names.replace(" and ", " "))} <= {*defined}, file

@@ -37,6 +37,9 @@ class ParallelConfig:
     prefetch_layers: int = 2
     """All-gathers on GPUs start this many layers ahead, so that they hide behind compute; each layer ahead holds its gathered parameters. 0 leaves it to FSDP."""
 
+    symmetric_memory: bool = False
+    """On GPUs: all-gathers through NCCL's symmetric memory, which leaves the GPU's own units to computing. Not yet run on a GPU."""
+
     master_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which trained parameters and their gradients are kept, sharded; bfloat16 halves both, and every update is rounded (optimizer.rounding)."""
 

@@ -59,15 +59,16 @@ class Attempt:
         ):
             file.write(json.dumps({**about, "config": self.config, **self._start}) + "\n")
 
-    def is_hopeless(self) -> bool:
-        """Whether an earlier attempt of this launcher met an error that no restart mends."""
+    def hopeless(self) -> dict[str, Any] | None:
+        """What an earlier attempt of this launcher recorded of an error that no restart mends, its `rank` and `kind` among it."""
         here = self._start
-        return here["attempt"] > 0 and any(
-            crash["final"]
-            and crash["launcher"] == here["launcher"]
-            and crash["attempt"] < here["attempt"]
-            for crash in self._crashes()
-        )
+        if here["attempt"] == 0:
+            return None
+        for crash in self._crashes():
+            earlier = crash["launcher"] == here["launcher"] and crash["attempt"] < here["attempt"]
+            if crash["final"] and earlier:
+                return crash
+        return None
 
     def refuse_repetition(self) -> None:
         """Stop a run whose last two attempts ended in the same way in the same step.

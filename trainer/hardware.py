@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import resource
 import time
+from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import activate_flash_attention_impl
 
 from trainer.errors import TrainError
 
@@ -50,7 +54,11 @@ def choose_device(
 
 
 def configure(
-    device_type: Literal["cpu", "cuda"], *, local_world_size: int, output_dir: Path | None = None
+    device_type: Literal["cpu", "cuda"],
+    *,
+    local_world_size: int,
+    output_dir: Path | None = None,
+    symmetric_memory: bool = False,
 ) -> None:
     """Settings for the whole process; call before the first tensor is put on a GPU. Not yet run on a GPU.
 
@@ -67,6 +75,9 @@ def configure(
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         if output_dir is not None:
             os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(output_dir / "nccl-trace-rank-"))
+        # Copy engines gather, where symmetric memory is used, instead of units that could compute.
+        if symmetric_memory:
+            os.environ.setdefault("NCCL_CTA_POLICY", "2")
         # What is left in fp32 (norm statistics, the loss) may use TF32 tensor cores; parameters compute in bf16.
         torch.set_float32_matmul_precision("high")
     else:
@@ -74,6 +85,56 @@ def configure(
         threads = max(1, (os.cpu_count() or 1) // local_world_size)
         if os.environ.get("OMP_NUM_THREADS", "1") == "1" and local_world_size > 1:
             torch.set_num_threads(threads)
+
+
+FLASH_ATTENTION = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute.interface"}
+"""FlashAttention versions torch can be given, and the module each comes in."""
+
+
+def use_flash_attention(
+    wanted: Literal["auto", "FA2", "FA3", "FA4"], device_type: Literal["cpu", "cuda"]
+) -> None:
+    """Let torch's attention run on a newer FlashAttention than its own FA2. Not yet run on a GPU.
+
+    Raises:
+        TrainError: FA3 or FA4 was asked for and cannot be had here.
+    """
+    capability = torch.cuda.get_device_capability() if device_type == "cuda" else (0, 0)
+    installed = [name for name, module in FLASH_ATTENTION.items() if _is_installed(module)]
+    name = choose_flash_attention(wanted, capability[0], installed)
+    if name != "FA2":
+        try:
+            activate_flash_attention_impl(name)
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise TrainError(
+                f"{name} cannot be used: {error}; --model.flash_attention FA2 takes torch's own"
+            ) from error
+
+
+def choose_flash_attention(
+    wanted: Literal["auto", "FA2", "FA3", "FA4"], capability: int, installed: Collection[str]
+) -> Literal["FA2", "FA3", "FA4"]:
+    """`auto` is the one made for this generation, if it is installed: FA3 for Hopper (capability 9), FA4 for Blackwell (10).
+
+    Raises:
+        TrainError: what was asked for needs a GPU of such a generation, or a package that is not there.
+    """
+    if wanted == "auto":
+        made_for = {9: "FA3", 10: "FA4"}.get(capability)
+        return made_for if made_for in installed else "FA2"  # type: ignore[return-value]
+    remedy = "; --model.flash_attention auto takes what there is"
+    if wanted != "FA2" and capability not in (9, 10):
+        raise TrainError(f"{wanted} needs a Hopper or Blackwell GPU{remedy}")
+    if wanted != "FA2" and wanted not in installed:
+        raise TrainError(f"{wanted} needs the module {FLASH_ATTENTION[wanted]}{remedy}")
+    return wanted
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
@@ -94,6 +155,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
     # As layers multiply: of bf16 on some CPUs another order of the memory is several times slower.
     best = min(_seconds(lambda: F.linear(a, b)) for _ in range(5))
     return 2 * size**3 / best, f"{size}x{size} matrix product measured at start"
+
+
+@cache
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices itself (AVX512-BF16, AMX, or NEON's) instead of number by number."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _seconds(work: object) -> float:

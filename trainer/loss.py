@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from trainer.hardware import has_bf16_units
+
 IGNORE_INDEX = -100
 
 # fp32 logits that may exist at once. Small enough to stay near the caches of a CPU, large enough that the matrix
@@ -161,6 +163,13 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     return max(1, size // (4 * vocabulary))
 
 
+def _product_dtype(tensor: Tensor) -> torch.dtype:
+    """In which its matrix products are computed: fp32 on a CPU without bf16 units, where those of bf16 take 10 to 100 times as long."""
+    if tensor.is_cpu and tensor.dtype == torch.bfloat16 and not has_bf16_units():
+        return torch.float32
+    return tensor.dtype
+
+
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     """[n, V] in fp32; `buffer` [n, V], of the type of `hidden`, may be overwritten."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
@@ -182,6 +191,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         hidden_needs, weight_needs = (training and needed for needed in ctx.needs_input_grad[:2])
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        hidden_dtype, weight_dtype, dtype = hidden.dtype, weight.dtype, _product_dtype(hidden)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
         hidden_grad = torch.empty_like(hidden) if hidden_needs else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs else None
         chunk = chunk_rows(weight.shape[0], hidden.device)
@@ -219,7 +230,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             else:
                 weight_grad += grad.T @ h
         ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = hidden_dtype, weight_dtype
         objective, cross_entropy = sums[0].clone(), sums[1].clone()  # FSDP wants no views
         ctx.mark_non_differentiable(cross_entropy)
         return objective, cross_entropy
@@ -228,9 +239,10 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor):
         loss_grad, _ = grad_outputs
         hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
         if hidden_grad is not None:
             # In fp32: a factor rounded to bf16 would scale every gradient below the head by the same wrong 0.2 %.
-            hidden_grad = (hidden_grad.float() * loss_grad).to(hidden_grad.dtype)
+            hidden_grad = (hidden_grad.float() * loss_grad).to(hidden_dtype)
         if weight_grad is not None:
-            weight_grad = (weight_grad * loss_grad).to(ctx.weight_dtype)
+            weight_grad = (weight_grad * loss_grad).to(weight_dtype)
         return hidden_grad, weight_grad, None, None, None, None

@@ -279,6 +279,8 @@ def parallelise(
             reshard_after_forward=False if group is model else config.reshard_after_forward,
             offload_policy=offload,
         )
+        if on_gpu and config.symmetric_memory and isinstance(group, FSDPModule):
+            group.set_symm_mem_for_comm()
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
     if on_gpu:

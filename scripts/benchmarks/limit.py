@@ -1,6 +1,6 @@
 """`benchmark.py limit`: how close a training step comes to what the machine's matrix products allow, and where the rest goes.
 
-train.py runs as it is on two gloo ranks. Behind its last step, in the same processes and at the same time on all ranks,
+train.py runs as it is on two gloo ranks, or on GPUs (`gpu`). Behind its last step, in the same processes and at the same time on all ranks,
 every matrix product of a step is timed alone. Then a step more is traced by torch.profiler.
 """
 
@@ -22,9 +22,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scripts.benchmarks.common import Result, machine, setting, versions
-from scripts.benchmarks.step import DTYPES, WARM_UP, launch, write_workload
-from scripts.benchmarks.trainers import WORLD_SIZE, Work, differences, now, run_main
+from scripts.benchmarks.common import Result, anonymous_bytes, machine, setting, versions
+from scripts.benchmarks.step import DTYPES, WARM_UP, launch, usual_dtypes, write_workload
+from scripts.benchmarks.trainers import (
+    WORLD_SIZE,
+    Work,
+    differences,
+    forget_peak_of,
+    now,
+    peak_of,
+    reserved,
+    run_main,
+)
 from scripts.benchmarks.workload import SHAPES
 
 HELP = "model FLOP/s of a step beside those of its matrix products alone; a profile"
@@ -59,8 +68,8 @@ def run(arguments: argparse.Namespace) -> Result:
     for shape in [arguments.shape] if arguments.shape else SHAPES:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             # One more step is traced.
-            write_workload(Path(folder), shape, arguments.steps + 1)
-            for dtype in [arguments.dtype] if arguments.dtype else DTYPES:
+            write_workload(Path(folder), SHAPES[shape], arguments.steps + 1)
+            for dtype in [arguments.dtype] if arguments.dtype else usual_dtypes():
                 work = Work(folder, SHAPES[shape], dtype, True, WARM_UP, arguments.steps + 1)
                 runs = [launch(work, measure)[0] for _ in range(arguments.repeats)]
                 rows.append({"shape": shape, "dtype": dtype, **combine(runs)})
@@ -76,16 +85,19 @@ def run(arguments: argparse.Namespace) -> Result:
 
 def combine(runs: Sequence[Result]) -> Result:
     """Medians of the runs; the profile is that of the run with the fastest traced step."""
-    values = {key: median(run[key] for run in runs) for key in runs[0] if key != "profile"}
-    profile = min((run["profile"] for run in runs), key=lambda seconds: sum(seconds.values()))
+    values = {key: median(run[key] for run in runs) for key in runs[0] if key not in _TRACED}
+    fastest = min(runs, key=lambda run: sum(run["profile"].values()))
     share = values["model_flops"] / values["step_seconds"] / values["peak_flops"]
     cpu_share = values["model_flops"] / values["step_cpu_seconds"] / values["peak_flops_cpu"]
     return {
         **values,
         "share_pct": 100 * share,
         "cpu_share_pct": 100 * cpu_share,
-        "profile": profile,
+        **{key: fastest[key] for key in _TRACED},
     }
+
+
+_TRACED = ("profile", "kernels")
 
 
 def measure(work: Work) -> Result:
@@ -96,8 +108,13 @@ def measure(work: Work) -> Result:
 
     result: Result = {}
     flops: list[float] = []
+    real: list[int] = []
     ticks: list[tuple[float, float]] = []
     labels: list[int] = []
+    held = anonymous_bytes()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if work.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
 
     def measured(model: Any, optimizer: Any, batches: Iterable[Any], **options: Any) -> bool:
         advance, steps = options.pop("advance"), options.pop("steps")
@@ -111,34 +128,41 @@ def measure(work: Work) -> Result:
                 tokens, _, valid, squared = batch["counts"].tolist()
                 flops.append(training_flops(model.hf.config, tokens, valid, squared))
                 labels.append(valid)
+                real.append(tokens)
                 yield batch
 
         def ticked(*told: Any) -> None:
             ticks.append(now())
+            if len(ticks) == WARM_UP:
+                forget_peak_of(work.device)
             advance(*told)
 
         source = counted()
         arguments = (model, optimizer, source)
         trainer.loop.train(*arguments, steps=steps - 1, advance=ticked, **options)
         timed = differences(ticks[WARM_UP - 1 :])
+        result.update(peak_bytes=peak_of(work.device, held), reserved_bytes=reserved())
         products = products_of_step(model, work, labels=round(mean(labels)))
-        alone, alone_cpu = seconds_alone(products, TORCH_DTYPES[work.dtype])
+        alone, alone_cpu = seconds_alone(products, TORCH_DTYPES[work.dtype], work.device)
         total = sum(product.flops for product in products.elements())
         clip = torch.profiler.record_function("clipping")(trainer.loop.clip_gradients)
         with (
             patch.object(trainer.loop, "clip_gradients", clip),
-            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+            torch.profiler.profile(activities=activities) as profile,
         ):
-            began = time.perf_counter()
+            began, _ = now()
             finished = trainer.loop.train(*arguments, steps=steps, advance=advance, **options)
-            traced = time.perf_counter() - began
+            traced = now()[0] - began
         result.update(
             step_seconds=median(step["seconds"] for step in timed),
             step_cpu_seconds=median(step["cpu_seconds"] for step in timed),
             model_flops=mean(flops[WARM_UP:-1]),
+            tokens=mean(real[WARM_UP:-1]),
+            valid_tokens=mean(labels[WARM_UP:-1]),
             peak_flops=total / alone,
             peak_flops_cpu=total / alone_cpu,
             profile=categories(profile, traced),
+            kernels=kernel_seconds(kernels_of(profile)),
         )
         return finished
 
@@ -180,21 +204,25 @@ def products_of_step(model: Any, work: Work, *, labels: int) -> Counter[Product]
     return found
 
 
-def seconds_alone(products: Counter[Product], dtype: torch.dtype) -> tuple[float, float]:
+def seconds_alone(
+    products: Counter[Product], dtype: torch.dtype, device: str
+) -> tuple[float, float]:
     """Wall and CPU seconds of all products, one after the other, each at its best of a few; all ranks at once."""
     wall = cpu = 0.0
     for product, times in products.items():
         dist.barrier()
-        best = best_of(product, dtype)
+        best = best_of(product, dtype, device)
         wall, cpu = wall + times * best[0], cpu + times * best[1]
     return wall, cpu
 
 
-def best_of(product: Product, dtype: torch.dtype, *, tries: int = 4) -> tuple[float, float]:
+def best_of(
+    product: Product, dtype: torch.dtype, device: str, *, tries: int = 4
+) -> tuple[float, float]:
     """Wall and CPU seconds, into memory that is there already."""
-    inputs = torch.randn(product.rows, product.inputs).to(dtype)
-    weight = torch.randn(product.outputs, product.inputs).to(dtype)
-    grad = torch.randn(product.rows, product.outputs).to(dtype)
+    inputs = torch.randn(product.rows, product.inputs, device=device).to(dtype)
+    weight = torch.randn(product.outputs, product.inputs, device=device).to(dtype)
+    grad = torch.randn(product.rows, product.outputs, device=device).to(dtype)
     operands: dict[str, tuple[Tensor, Tensor]] = {
         "forward": (inputs, weight.T),
         "input_grad": (grad, weight),
@@ -204,9 +232,10 @@ def best_of(product: Product, dtype: torch.dtype, *, tries: int = 4) -> tuple[fl
     out = torch.mm(left, right)
     found = []
     for _ in range(tries):
-        wall, used = time.perf_counter(), time.thread_time()
+        (began, _), used = now(), time.thread_time()
         torch.mm(left, right, out=out)
-        found.append((time.perf_counter() - wall, time.thread_time() - used))
+        (ended, _), used = now(), time.thread_time() - used
+        found.append((ended - began, used))
     return min(wall for wall, _ in found), min(used for _, used in found)
 
 
@@ -218,7 +247,12 @@ def categories(profile: torch.profiler.profile, seconds: float) -> Result:
 
     What no event covers, and what autograd's and modules' own events have for themselves, is Python and bookkeeping.
     """
-    events = [e for e in profile.events() or [] if e.time_range.elapsed_us() > 0]
+    on_cpu = torch.autograd.DeviceType.CPU
+    events = [
+        event
+        for event in profile.events() or []
+        if event.device_type == on_cpu and event.time_range.elapsed_us() > 0
+    ]
     # The thread that trains is the one with the optimizer; the loader's and others run beside it.
     threads = [event.thread for event in events if event.name.startswith("Optimizer.step")]
     mine = sorted(
@@ -274,6 +308,57 @@ _MOVES = {
     "gather", "index", "index_add", "index_put", "_index_put_impl", "index_select", "index_select_backward",
     "repeat_interleave", "scatter", "scatter_add", "sort", "stack", "to", "zero", "zeros", "new_zeros", "fill",
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ a GPU's kernels
+
+
+Kernel = tuple[str, float, float]
+"""Name, begin and end in seconds."""
+# Words in the names of kernels; the first kind with one of them counts.
+KERNELS = {
+    "communication": ("nccl",),
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "matmul": ("gemm", "nvjet", "cutlass", "cublas", "matmul", "xmma"),
+    "copies": ("memcpy", "memset", "copy", "catarray"),
+}
+
+
+# As Kineto names them; annotations, which span kernels, are none.
+_ON_GPU = ("kernel", "concurrent_kernel", "gpu_memcpy", "gpu_memset")
+
+
+def kernels_of(profile: torch.profiler.profile) -> list[Kernel]:
+    """What ran on this rank's GPU; nothing on a CPU."""
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    return [
+        (event.name(), event.start_ns() / 1e9, event.end_ns() / 1e9)
+        for event in profile.profiler.kineto_results.events()
+        if event.activity_type() in _ON_GPU
+    ]
+
+
+def kernel_seconds(kernels: Sequence[Kernel]) -> Result:
+    """Seconds of the kernels by kind, in which any ran, and of communication while nothing computed (`exposed`)."""
+    found: dict[str, float] = dict.fromkeys((*KERNELS, "elementwise"), 0.0)
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for name, begin, end in kernels:
+        lower = name.lower()
+        kinds = (kind for kind, words in KERNELS.items() if any(word in lower for word in words))
+        kind = next(kinds, "elementwise")
+        found[kind] += end - begin
+        spans[kind == "communication"].append((begin, end))
+    busy, computing = covered(spans[True] + spans[False]), covered(spans[False])
+    return found | {"busy": busy, "exposed": busy - computing}
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Seconds of the union."""
+    total, reached = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
 
 
 def as_markdown(result: Result) -> str:

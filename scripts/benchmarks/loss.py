@@ -93,13 +93,21 @@ class Case:
     """Inputs of one type."""
 
     def __init__(
-        self, *, tokens: int, width: int, vocabulary: int, dtype: torch.dtype, frozen: bool = False
+        self,
+        *,
+        tokens: int,
+        width: int,
+        vocabulary: int,
+        dtype: torch.dtype,
+        frozen: bool = False,
+        device: str = "cpu",
     ) -> None:
         generator = torch.Generator().manual_seed(SEED)
-        self.hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
+        hidden = torch.randn(tokens, width, generator=generator)
+        self.hidden = hidden.to(device, dtype).requires_grad_()
         weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
-        self.weight = weight.to(dtype).requires_grad_(not frozen)
-        self.targets = torch.randint(vocabulary, (tokens,), generator=generator)
+        self.weight = weight.to(device, dtype).requires_grad_(not frozen)
+        self.targets = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
 
 
 class Side:

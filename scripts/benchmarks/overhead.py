@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from scripts.benchmarks.common import Result, machine, setting, versions
-from scripts.benchmarks.step import DTYPES, launch, write_workload
+from scripts.benchmarks.step import launch, usual_dtypes, write_workload
 from scripts.benchmarks.trainers import (
     MAX_GRAD_NORM,
     WORLD_SIZE,
@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> Result:
     steps = (WARM_UP + arguments.blocks) * arguments.steps
     rows = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        write_workload(Path(folder), SHAPE, steps)
-        for dtype in DTYPES:
+        write_workload(Path(folder), SHAPES[SHAPE], steps)
+        for dtype in usual_dtypes():
             work = Work(folder, SHAPES[SHAPE], dtype, packed=True, warm_up=0, steps=steps)
             runs = [launch(work, compare, arguments.steps)[0] for _ in range(arguments.repeats)]
             sides = {
@@ -96,7 +96,7 @@ def compare(work: Work, block: int) -> Result:
             finished, of_train = block_of_train(
                 model, optimizer, kept(batches, seen), steps=steps, **options
             )
-            of_bare = bare_loop(model, optimizer, seen)
+            of_bare = bare_loop(model, optimizer, seen, device=options["device"])
             if steps > block:
                 found["train"] += differences(of_train)
                 found["bare"] += differences(of_bare)
@@ -112,15 +112,18 @@ def kept(batches: Iterator[Any], seen: list[Any]) -> Iterator[Any]:
         yield batch
 
 
-def bare_loop(model: Any, optimizer: Any, batches: Sequence[Any]) -> list[tuple[float, float]]:
+def bare_loop(
+    model: Any, optimizer: Any, batches: Sequence[Any], *, device: Any
+) -> list[tuple[float, float]]:
     """What any loop has to do; returns when it began and when each step ended."""
     import torch
 
+    from trainer.loop import to_device
     from trainer.loss import causal_lm_loss
 
     ticks = [now()]
     for batch in batches:
-        loss, _ = causal_lm_loss(model, batch)
+        loss, _ = causal_lm_loss(model, to_device(batch, device))
         (loss / len(batch["label_positions"])).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()

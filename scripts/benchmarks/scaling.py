@@ -7,15 +7,16 @@ drawn from one distribution throughout, so a longer row holds more of them.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 from scripts.benchmarks.common import (
     Result,
     Side,
-    as_launched,
     machine,
     on_cores,
     on_ranks,
@@ -25,10 +26,9 @@ from scripts.benchmarks.common import (
     versions,
 )
 from scripts.benchmarks.data import draw_lengths, pack_lengths
-from scripts.benchmarks.step import MB, steps_of
+from scripts.benchmarks.step import MB, launch, steps_of
 from scripts.benchmarks.trainers import Work, run_shardloop
 from scripts.benchmarks.workload import Shape, write_model, write_rows
-from scripts.environment import cache_settings
 
 HELP = "cost per token by ranks, seq_len, accumulation; packing by rows"
 # Of a micro-batch at the shortest seq_len; documents are a third of that long.
@@ -85,8 +85,7 @@ def settings(work: Work) -> dict[str, dict[str, Side]]:
 
 def train_on(ranks: int, work: Work) -> Result:
     """Real tokens a second and CPU seconds a token of all ranks together, memory of the highest."""
-    env = cache_settings(Path(work.folder, "cache")) | {"TOKENIZERS_PARALLELISM": "false"}
-    run = as_launched(ranks, env, on_one_thread, work)
+    run = launch(work, on_one_thread, ranks=ranks)
     steps = steps_of(run)
     tokens = sum(step["tokens"] for step in steps)
     seconds = sum(step["seconds"] for step in steps)
@@ -99,14 +98,12 @@ def train_on(ranks: int, work: Work) -> Result:
 
 
 def on_one_thread(work: Work) -> Result:
-    """train.py gives several ranks the cores divided by them; here each has one, however many cores there are."""
-    import os
-
+    """train.py divides the cores by the ranks; here a rank has one thread, however many cores there are."""
     import torch
 
-    os.environ.pop("OMP_NUM_THREADS", None)
     torch.set_num_threads(1)
-    return run_shardloop(work)
+    with patch.object(os, "cpu_count", return_value=1):
+        return run_shardloop(work)
 
 
 def pack_many(repeats: int) -> Result:

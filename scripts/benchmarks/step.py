@@ -18,11 +18,12 @@ from typing import Any
 
 from scripts.benchmarks.common import Result, as_launched, machine, on_ranks, setting, versions
 from scripts.benchmarks.trainers import WORLD_SIZE, Work, run_plain, run_shardloop, run_trl
-from scripts.benchmarks.workload import SHAPES, write_model, write_rows
+from scripts.benchmarks.workload import SHAPES, Shape, write_model, write_rows
 from scripts.environment import cache_settings
 
 HELP = "tokens a second and memory of training steps, beside TRL and a plain loop"
 DTYPES = ("float32", "bfloat16")
+NO_BF16 = "this CPU has no bf16 units: bfloat16 only with --dtype bfloat16"
 PACKINGS = ("packed", "padded")
 WARM_UP = 2
 NO_TRL = "TRL is not installed, so its rows are missing: pip install -e '.[bench]'"
@@ -45,8 +46,8 @@ def run(arguments: argparse.Namespace) -> Result:
     rows = []
     for shape in [arguments.shape] if arguments.shape else SHAPES:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-            write_workload(Path(folder), shape, arguments.steps)
-            for dtype in [arguments.dtype] if arguments.dtype else DTYPES:
+            write_workload(Path(folder), SHAPES[shape], arguments.steps)
+            for dtype in [arguments.dtype] if arguments.dtype else usual_dtypes():
                 for packing in [arguments.packing] if arguments.packing else PACKINGS:
                     work = Work(
                         folder, SHAPES[shape], dtype, packing == "packed", WARM_UP, arguments.steps
@@ -67,29 +68,38 @@ def run(arguments: argparse.Namespace) -> Result:
     }
 
 
-def write_workload(folder: Path, shape: str, steps: int) -> None:
-    on_ranks(1, write_model, folder / "model", SHAPES[shape])
-    write_rows(folder, SHAPES[shape], steps=WARM_UP + steps, ranks=WORLD_SIZE)
+def usual_dtypes() -> tuple[str, ...]:
+    """Those that are measured unless one is asked for: where a CPU multiplies bf16 number by number, no bf16."""
+    from trainer.hardware import has_bf16_units
+
+    return DTYPES if has_bf16_units() else DTYPES[:1]
 
 
-def launch(work: Work, function: Callable[..., Result], *arguments: Any) -> list[Result]:
+def write_workload(folder: Path, shape: Shape, steps: int, *, ranks: int = WORLD_SIZE) -> None:
+    on_ranks(1, write_model, folder / "model", shape)
+    write_rows(folder, shape, steps=WARM_UP + steps, ranks=ranks)
+
+
+def launch(
+    work: Work, function: Callable[..., Result], *arguments: Any, ranks: int = WORLD_SIZE
+) -> list[Result]:
     """What the ranks of one side return."""
     # Libraries that are imported already keep to the folders that train.py would choose.
     env = cache_settings(Path(work.folder, "cache")) | {"TOKENIZERS_PARALLELISM": "false"}
-    return as_launched(WORLD_SIZE, env, function, work, *arguments)
+    return as_launched(ranks, env, function, work, *arguments)
 
 
-def compare(work: Work, repeats: int, *, with_trl: bool) -> Result:
+def compare(work: Work, repeats: int, *, with_trl: bool, ranks: int = WORLD_SIZE) -> Result:
     """All sides, taking turns. TRL's ways to pack are tried once each, and the faster one is compared."""
     sides: dict[str, Callable[[], list[Result]]] = {
-        "shardloop": partial(launch, work, run_shardloop),
-        "plain": partial(launch, work, run_plain),
+        "shardloop": partial(launch, work, run_shardloop, ranks=ranks),
+        "plain": partial(launch, work, run_plain, ranks=ranks),
     }
     tried: dict[str, Result] = {}
     if with_trl:
         for strategy in STRATEGIES if work.packed else STRATEGIES[:1]:
             name = f"trl, {strategy}" if work.packed else "trl"
-            sides[name] = partial(launch, work, run_trl, strategy)
+            sides[name] = partial(launch, work, run_trl, strategy, ranks=ranks)
             tried[name] = summary([attempt(sides[name])])
         best = max(tried, key=lambda name: tried[name].get("valid_tokens_per_second", 0))
         for name in tried.keys() - {best}:
@@ -195,4 +205,6 @@ def as_markdown(result: Result) -> str:
             )
     if "trl" not in result["versions"]:
         lines += ["", NO_TRL]
+    if {row["dtype"] for row in result["rows"]} == {"float32"}:
+        lines += ["", NO_BF16]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ the warm-up to the last step.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -46,10 +47,17 @@ class Work:
     warm_up: int
     steps: int
     """Behind the warm-up."""
+    device: str = "cpu"
+    flags: tuple[str, ...] = ()
+    """More flags of train.py."""
 
 
 def now() -> tuple[float, float]:
-    """Wall and CPU seconds of this process."""
+    """Wall and CPU seconds of this process, when all that a GPU was given is done."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 
@@ -67,7 +75,7 @@ class Clock:
 
     work: Work
     before: int = field(default_factory=anonymous_bytes)
-    """Bytes that the process held when it had imported everything and built nothing."""
+    """Bytes that the process held when it had imported everything and built nothing; of host memory."""
     ticks: list[tuple[float, float]] = field(default_factory=list)
     peak: int = 0
 
@@ -75,9 +83,9 @@ class Clock:
         """A step has ended."""
         self.ticks.append(now())
         if len(self.ticks) == self.work.warm_up:
-            forget_peak()
+            forget_peak_of(self.work.device)
         if len(self.ticks) == self.work.warm_up + self.work.steps:
-            self.peak = peak_anonymous_bytes() - self.before
+            self.peak = peak_of(self.work.device, self.before)
 
     def result(self, counts: Sequence[tuple[int, int]], first_loss: float) -> Result:
         """`counts` are this rank's real tokens and labels of every step."""
@@ -92,6 +100,32 @@ class Clock:
             "peak_bytes": self.peak,
             "first_loss": first_loss,
         }
+
+
+def forget_peak_of(device: str) -> None:
+    """`peak_of` counts from here."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        forget_peak()
+
+
+def peak_of(device: str, before: int) -> int:
+    """Bytes: allocated at most on this rank's GPU; on a CPU resident at most, above what it held `before`."""
+    import torch
+
+    return (
+        torch.cuda.max_memory_allocated() if device == "cuda" else peak_anonymous_bytes() - before
+    )
+
+
+def reserved() -> int:
+    """Bytes that the allocator of this rank's GPU took at most; 0 on a CPU."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
 
 
 @contextmanager
@@ -118,7 +152,13 @@ def use_threads() -> None:
     """As many threads as our trainer takes on a CPU: the cores, divided by the ranks."""
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORLD_SIZE))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
+
+
+def peer_attention(work: Work) -> str:
+    """What transformers is given: on a GPU flash-attn's kernels, which keep packed documents apart, where they are installed."""
+    flash = work.device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
 
 
 # ------------------------------------------------------------------------------------------- ours
@@ -130,7 +170,7 @@ def train_arguments(work: Work, output_dir: Path) -> list[str]:
     return [
         f"--cache_dir={folder / 'cache'}",
         f"--output_dir={output_dir}",
-        "--device=cpu",
+        f"--device={work.device}",
         f"--steps={work.warm_up + work.steps}",
         f"--seed={SEED}",
         f"--micro_batch_size={work.shape.micro_batch_size}",
@@ -150,6 +190,7 @@ def train_arguments(work: Work, output_dir: Path) -> list[str]:
         "--log.every=1",
         "--log.tensorboard=false",
         "--log.progress=false",
+        *work.flags,
     ]
 
 
@@ -163,8 +204,9 @@ def run_main(work: Work, train: Callable[..., bool]) -> list[Result]:
     with logged(folder, "shardloop"), patch.object(scripts.wiring, "train", train):
         code = main(train_arguments(work, output_dir))
     if code != 0:
-        said = (folder / f"shardloop-{os.environ['RANK']}.log").read_text().strip()
-        raise RuntimeError(f"train.py ended with {code}: {said.splitlines()[-1:]}")
+        logs = [file.read_text().splitlines() for file in folder.glob("shardloop-*.log")]
+        last = " ".join(line for lines in logs for line in lines[-1:])  # one rank speaks for all
+        raise RuntimeError(f"train.py ended with {code}: {last}")
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "loss" in row]
 
@@ -212,7 +254,7 @@ def run_trl(work: Work, strategy: str) -> Result:
     with logged(folder, "trl"):
         arguments = SFTConfig(
             output_dir=str(folder / "trl"),
-            use_cpu=True,
+            use_cpu=work.device == "cpu",
             bf16=work.dtype == "bfloat16",
             fsdp=True,
             fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
@@ -238,12 +280,13 @@ def run_trl(work: Work, strategy: str) -> Result:
             seed=SEED,
             ddp_timeout=300,
         )
-        # accelerate takes FSDP for GPUs only, and would replicate the model here without a word. Told that its ranks are
-        # GPUs', it shards with FSDP2 on the CPU.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if work.device == "cpu":
+            # accelerate takes FSDP for GPUs only, and would replicate the model here without a word. Told that its
+            # ranks are GPUs', it shards with FSDP2 on the CPU.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         trainer = SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(
-                folder / "model", dtype="float32", attn_implementation="sdpa"
+                folder / "model", dtype="float32", attn_implementation=peer_attention(work)
             ),
             args=arguments,
             train_dataset=Dataset.from_list(read_rows(folder / "in_order.jsonl")),
@@ -283,11 +326,14 @@ def run_plain(work: Work) -> Result:
 
     use_threads()
     clock, folder = Clock(work), Path(work.folder)
-    dist.init_process_group("gloo")
+    if work.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if work.device == "cuda" else "gloo")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+            folder / "model", dtype=torch.float32, attn_implementation=peer_attention(work)
         )
+        model.to(work.device)
         dtype = getattr(torch, work.dtype)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for layer in model.model.layers:
@@ -299,7 +345,8 @@ def run_plain(work: Work) -> Result:
         model.train()
         counts, losses = [], []
         for inputs, tokens in plain_batches(work, dist.get_rank()):
-            loss = model(**inputs, use_cache=False).loss
+            on_device = {name: tensor.to(work.device) for name, tensor in inputs.items()}
+            loss = model(**on_device, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
@@ -314,6 +361,8 @@ def run_plain(work: Work) -> Result:
 
 def plain_batches(work: Work, rank: int) -> Iterator[tuple[Result, int]]:
     """The model's inputs and the real tokens of every step."""
+    import torch.distributed as dist
+
     shape = work.shape
     rows = read_rows(Path(work.folder, "in_order.jsonl"))
     groups = [[number] for number in range(len(rows))]
@@ -321,7 +370,7 @@ def plain_batches(work: Work, rank: int) -> Iterator[tuple[Result, int]]:
         packs = pack(np.array([len(row["input_ids"]) for row in rows]), seq_len=shape.seq_len)
         order = np.random.default_rng(SEED).permutation(len(packs))
         groups = [packs.documents(number).tolist() for number in order]
-    per_step = shape.micro_batch_size * WORLD_SIZE
+    per_step = shape.micro_batch_size * dist.get_world_size()
     for step in range(work.warm_up + work.steps):
         begin = step * per_step + rank * shape.micro_batch_size
         batch = groups[begin : begin + shape.micro_batch_size]

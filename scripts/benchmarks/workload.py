@@ -20,13 +20,21 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen3 with a tied head, and the batch it is trained on."""
+    """A Qwen3, and the batch it is trained on."""
 
     vocabulary: int
     width: int
     layers: int
     seq_len: int
     micro_batch_size: int
+    intermediate: int = 0
+    """0 for three times the width."""
+    heads: int = 0
+    """0 for as many as fit into the width."""
+    kv_heads: int = 0
+    """0 for half of them."""
+    head_width: int = HEAD_WIDTH
+    tied: bool = True
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -42,17 +50,17 @@ SHAPES = {
 def model_config(shape: Shape) -> Any:
     from transformers import Qwen3Config
 
-    heads = max(1, shape.width // HEAD_WIDTH)
+    heads = shape.heads or max(1, shape.width // shape.head_width)
     return Qwen3Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
-        intermediate_size=3 * shape.width,
+        intermediate_size=shape.intermediate or 3 * shape.width,
         num_hidden_layers=shape.layers,
         num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        head_dim=HEAD_WIDTH,
+        num_key_value_heads=shape.kv_heads or max(1, heads // 2),
+        head_dim=shape.head_width,
         max_position_embeddings=shape.seq_len,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from models.build import build_model
 from models.flops import training_flops
 from scripts.benchmark import main
-from scripts.benchmarks import limit, overhead, workload
+from scripts.benchmarks import gpu, limit, overhead, workload
 from scripts.benchmarks import step as step_benchmark
 from scripts.benchmarks.data import NO_TRL
 from scripts.benchmarks.trainers import Work
@@ -206,7 +206,7 @@ def test_products_of_a_step_are_its_matrix_flops() -> None:
 def test_overhead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: None
 ) -> None:
-    monkeypatch.setattr(overhead, "DTYPES", ("float32",))
+    monkeypatch.setattr(overhead, "usual_dtypes", lambda: ("float32",))
     file = tmp_path / "numbers.json"
     flags = ["--steps=2", "--blocks=2", "--repeats=1"]
     assert main(["overhead", *flags, "--json", str(file)]) == 0
@@ -214,3 +214,59 @@ def test_overhead(
     # What a step of a tiny model costs beside its tensors is most of it, but not many times more.
     assert -50 < row["overhead_cpu_seconds_pct"] < 500
     assert f"{row['overhead_seconds_pct']:+.2f}" in capsys.readouterr().out
+
+
+def test_kernels_count_by_kind_and_what_hides_communication() -> None:
+    kernels = [
+        ("ncclDevKernel_AllGather_RING_LL", 0.0, 4.0),
+        ("nvjet_tst_128x64", 1.0, 2.0),
+        ("flash_fwd_kernel", 1.5, 3.0),
+        ("void at::native::vectorized_elementwise_kernel", 5.0, 5.5),
+        ("Memcpy DtoD", 6.0, 6.25),
+    ]
+    found = limit.kernel_seconds(kernels)
+    assert found == {
+        "communication": 4.0,
+        "attention": 1.5,
+        "matmul": 1.0,
+        "copies": 0.25,
+        "elementwise": 0.5,
+        "busy": 4.75,
+        "exposed": 2.0,  # 0 to 1, and 3 to 4
+    }
+    assert limit.kernel_seconds([])["exposed"] == 0
+
+
+def test_gpu_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if gpu.gpu_count():
+        pytest.skip("there is a GPU")
+    assert main(["gpu"]) == 1
+    assert "torch finds 0 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_gpu_command_on_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_server()  # whose ranks have the libraries loaded
+    monkeypatch.setattr(gpu, "SETTINGS", {"usual": (), "unknown": ("--parallel.compiled=true",)})
+    file, kept = tmp_path / "numbers.json", tmp_path / "calibration.json"
+    flags = ["--device=cpu", "--steps=1", "--calibration", str(kept), "--json", str(file)]
+    assert main(["gpu", *flags]) == 0
+    found = json.loads(file.read_text())["parts"]
+    assert "parallel.compiled" in found.pop("tiny, unknown")["failed"]
+    assert not [name for name, part in found.items() if "failed" in part]
+    assert len(found["saves"]["stall_seconds"]) == gpu.WARM_UP + 2
+    assert found["peers"]["ratios"]["plain"]["times_faster"] > 0
+    measured = json.loads(kept.read_text())
+    assert measured["format"] == gpu.FORMAT
+    (step,) = measured["measurements"]["steps"]
+    assert step["gpus"] == 2 and step["model"]["hidden_size"] == 64
+    assert (
+        0 < step["tokens_per_second_per_gpu"] == found["tiny, usual"]["tokens_per_second_per_gpu"]
+    )
+    rates = measured["measurements"]["matmul_flops"]["float32"]
+    assert {(rate["m"], rate["n"], rate["k"]) for rate in rates} == {(64, 64, 64), (64, 192, 64)}
+    printed = capsys.readouterr().out
+    assert "| tiny, usual |" in printed and "tiny, unknown: " in printed

@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,13 @@ from data.config import DataConfig
 from models.config import ModelConfig
 from scripts.command_line import (
     EMBEDDED_RECIPE,
-    FOREIGN_NAMES,
     CommandLineError,
     build_parser,
     parse_train_config,
     to_yaml,
 )
 from scripts.config import TrainConfig
+from scripts.foreign_names import FOREIGN_NAMES
 from tests.support.command import ROOT, clean_environment, run_command
 
 NAMED = ["--model.name", "Qwen/Qwen3-0.6B"]
@@ -360,6 +361,20 @@ def test_the_foreign_names_lead_to_real_flags_and_hide_none() -> None:
         for flag in re.findall(r"--([\w.]+)", answer):
             assert flag.rstrip(".") in FLAGS or (answer[:2] != "--" and flag in groups), name
         assert error_of(f"--{name}=1").startswith(f"--{name} ")
+
+
+def test_every_argument_of_the_other_trainers_is_answered() -> None:
+    from transformers import TrainingArguments
+
+    classes = [TrainingArguments]
+    if find_spec("trl") is not None:
+        import trl
+
+        classes += [trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments]
+    names = {field.name for one in classes for field in fields(one)}
+    assert len(names) > 100
+    known = {name.rpartition(".")[2] for name in FLAGS} | FOREIGN_NAMES.keys()
+    assert names - known == set()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig
-from models.config import ModelConfig
+from models.config import LoraConfig, ModelConfig
+from scripts import collective
+from scripts import doctor as doctor_module
+from scripts.collective import check_collective
 from scripts.config import TrainConfig
 from scripts.doctor import check_fit, check_job, main
 from scripts.environment import cache_settings
@@ -159,6 +163,40 @@ def test_versions_are_compared_with_what_setup_cfg_says() -> None:
     found = check_versions(["torch>=99", "no-such-package>=1", "numpy"])
     assert _levels(found) == ["error", "error"]
     assert "torch" in found[0].text and "no-such-package>=1 is not installed" in found[1].text
+
+
+def test_extras_that_the_flags_need_are_versions_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor_module._extras(TrainConfig()) == []
+    config = TrainConfig(
+        lora=LoraConfig(rank=8),
+        parallel=ParallelConfig(float8="rowwise"),
+        data=DataConfig(path="s3://bucket/rows"),
+    )
+    assert doctor_module._extras(config) == ["lora", "torchao", "s3"]
+    setup = (ROOT / "setup.cfg").read_text(encoding="utf-8").replace("peft>=0.21", "peft>=99")
+    (tmp_path / "setup.cfg").write_text(setup, encoding="utf-8")
+    monkeypatch.setattr("scripts.machine.ROOT", tmp_path)
+    assert _levels(check_versions()) == ["ok"]
+    (found,) = check_versions(extras=["lora"])
+    assert found.level == "error" and "peft" in found.text and found.remedy.endswith("'.[lora]'")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_an_all_reduce_is_timed_checked_and_not_waited_for_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert check_collective(ranks=1) == []
+    (found,) = check_collective(ranks=2, backend="gloo", numbers=1000)
+    assert found.level == "ok" and re.search(r"2 ranks sum .* GB/s", found.text), found
+    (found,) = check_collective(ranks=2, backend="gloo", numbers=1000, seconds=0.1)
+    assert found.level == "error" and "no answer in 0 s" in found.text
+    (found,) = check_collective(ranks=2, backend="nonsense", numbers=1000)
+    assert found.level == "error" and "nonsense" in found.text.partition("fails: ")[2]
+    wrong = {"sum": 4.0, "seconds": 1.0, "version": "NCCL 2"}
+    assert collective._finding(wrong, 2, "nccl", 1000).level == "error"
 
 
 def test_a_rank_that_another_launcher_made_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

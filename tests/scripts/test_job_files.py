@@ -106,8 +106,9 @@ def test_azure_reads_its_jobs(file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_slurm_job_is_saved_and_requeued_on_its_warning(tmp_path: Path) -> None:
-    """The batch script itself, with `srun` that runs one task here, and `scontrol` that writes down what it is told."""
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_slurm_job_is_requeued_on_its_warning(tmp_path: Path, trained: bool) -> None:
+    """Before its first step or after it. The batch script itself, with `srun` that runs one task here, and `scontrol` that writes down what it is told."""
     commands = tmp_path / "bin"
     commands.mkdir()
     # As the real one, it passes signals on to its task.
@@ -138,8 +139,10 @@ def test_a_slurm_job_is_saved_and_requeued_on_its_warning(tmp_path: Path) -> Non
             rows = output_dir / "metrics.jsonl"
             while time.monotonic() < deadline and not (
                 rows.exists() and '"loss"' in rows.read_text(encoding="utf-8")
+                if trained
+                else (tmp_path / "cache").exists()
             ):
-                time.sleep(0.1)
+                time.sleep(0.1 if trained else 0.01)
             job.send_signal(signal.SIGUSR1)  # to the batch shell alone
             code = job.wait(timeout=60)
         finally:
@@ -148,4 +151,4 @@ def test_a_slurm_job_is_saved_and_requeued_on_its_warning(tmp_path: Path) -> Non
     output = (tmp_path / "log").read_text()
     assert code == 128 + signal.SIGUSR1, output
     assert (tmp_path / "told").read_text() == "requeue 7\n"
-    assert list((output_dir / "checkpoints").glob("step-*")), output
+    assert bool(list((output_dir / "checkpoints").glob("step-*"))) == trained, output

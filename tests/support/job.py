@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -43,16 +44,37 @@ def train(
 
     The output is that of all ranks, one after the other, and the exit code the largest of theirs.
     """
-    start = time.monotonic()
     argv = [f"--cache_dir={cache_dir}", f"--output_dir={output_dir}", *args]
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    log = output_dir.parent / f".{output_dir.name}.log"
+    return run_script(
+        "train.py", argv, world_size, cache_dir=cache_dir, log=log, timeout=timeout, env=env
+    )
+
+
+def run_script(
+    script: str,
+    argv: list[str],
+    world_size: int = 1,
+    *,
+    cache_dir: Path,
+    log: Path,
+    timeout: float = 120,
+    env: dict[str, str] | None = None,
+) -> CommandResult:
+    """`python scripts/SCRIPT ARGV` on forked ranks, in the folder of this process; see `train`.
+
+    `log` is the beginning of the names of files that take the output meanwhile.
+    """
+    start = time.monotonic()
     # The forked libraries are imported already, so their folders have to be set from outside.
     env = {**cache_settings(cache_dir.absolute()), **(env or {})}
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     results = run_ranks(
-        _run_main,
+        _run_script,
         world_size,
+        script,
         argv,
-        str(output_dir.parent / f".{output_dir.name}.log"),
+        str(log),
         timeout=timeout,
         env=env,
         init_group=False,
@@ -61,28 +83,41 @@ def train(
     return CommandResult(max(codes), "".join(outputs), "".join(errors), time.monotonic() - start)
 
 
-def _run_main(argv: list[str], log: str) -> tuple[int, str, str]:
-    """In a rank: the exit code of `main`, and what file descriptors 1 and 2 got."""
+def _run_script(script: str, argv: list[str], log: str) -> tuple[int, str, str]:
+    """In a rank: the exit code of a script, and what file descriptors 1 and 2 got."""
     rank = os.environ["RANK"]
     if os.environ["WORLD_SIZE"] == "1":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             del os.environ[name]
+    _read_environment_again()
     paths = [Path(f"{log}.{kind}.{rank}") for kind in ("out", "err")]
     for descriptor, path in zip((1, 2), paths, strict=True):
         with path.open("wb") as file:
             os.dup2(file.fileno(), descriptor)
-    from scripts.train import main
-
+    sys.argv = [script, *argv]
     try:
-        code = main(argv)
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        code = 0
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     sys.stdout.flush()
     sys.stderr.flush()
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     for path in paths:
         path.unlink()
     return code, *texts
+
+
+def _read_environment_again() -> None:
+    """What the client of the hub reads when it is imported, which it is already."""
+    from huggingface_hub import constants
+
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        constants.ENDPOINT = endpoint
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = (
+            f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+    constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
 def read_rows(output_dir: Path) -> list[dict[str, Any]]:

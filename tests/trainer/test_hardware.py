@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from trainer.errors import TrainError
-from trainer.hardware import choose_device, peak_flops, peak_memory_gib
+from trainer.hardware import (
+    choose_device,
+    choose_flash_attention,
+    peak_flops,
+    peak_memory_gib,
+    use_flash_attention,
+)
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -31,3 +37,35 @@ def test_the_peak_of_a_cpu_is_measured() -> None:
 
 def test_peak_memory_of_the_process_is_in_gib() -> None:
     assert 0.05 < peak_memory_gib(torch.device("cpu")) < 64
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "chosen"),
+    [
+        (9, ["FA3", "FA4"], "FA3"),
+        (9, ["FA4"], "FA2"),
+        (10, ["FA3", "FA4"], "FA4"),
+        (8, ["FA3", "FA4"], "FA2"),
+        (0, [], "FA2"),
+    ],
+)
+def test_auto_is_the_flash_attention_of_the_gpu_if_it_is_installed(
+    capability: int, installed: list[str], chosen: str
+) -> None:
+    assert choose_flash_attention("auto", capability, installed) == chosen
+
+
+def test_flash_attention_that_cannot_be_had_is_one_line() -> None:
+    with pytest.raises(TrainError, match="FA3 needs a Hopper or Blackwell GPU"):
+        choose_flash_attention("FA3", 8, ["FA3"])
+    with pytest.raises(TrainError, match=r"FA4 needs the module flash_attn\.cute\.interface"):
+        choose_flash_attention("FA4", 9, ["FA3"])
+    assert choose_flash_attention("FA2", 9, ["FA3"]) == "FA2"
+
+
+@needs_no_gpu
+def test_a_cpu_keeps_torchs_own_attention() -> None:
+    use_flash_attention("auto", "cpu")
+    assert torch.nn.attention.current_flash_attention_impl() is None
+    with pytest.raises(TrainError, match="flash_attention auto"):
+        use_flash_attention("FA3", "cpu")

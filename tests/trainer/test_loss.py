@@ -106,7 +106,11 @@ def test_a_chunk_smaller_than_one_row_still_works(monkeypatch: pytest.MonkeyPatc
     )
 
 
-def test_bf16_inputs_give_an_fp32_loss_and_bf16_gradients() -> None:
+@pytest.mark.parametrize("units", [True, False])
+def test_bf16_inputs_give_an_fp32_loss_and_bf16_gradients(
+    units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "has_bf16_units", lambda: units)
     hidden, weight, targets = _inputs(torch.bfloat16, n=1000)
     value, hidden_grad, weight_grad = _reference(hidden, weight, targets)
     loss = linear_cross_entropy_sum(hidden, weight, targets)[0]

@@ -230,9 +230,9 @@ def test_T19_the_same_crash_twice_in_one_step_stops_the_run(
         launcher.attempt().refuse_repetition()
     # The next attempts of this launcher need not be told; nor is the refusal a crash of its own.
     launcher.crash(0, stop.value, final=True)
-    assert launcher.attempt().is_hopeless()
+    assert launcher.attempt().hopeless()
     another = _Launcher(tmp_path, monkeypatch, run="b")
-    assert not another.attempt().is_hopeless()
+    assert not another.attempt().hopeless()
     with pytest.raises(RepeatedCrashError):
         another.attempt().refuse_repetition()
     another.attempt(config="changed").refuse_repetition()
@@ -249,9 +249,11 @@ def test_what_a_user_must_mend_is_not_tried_again_but_never_refused_either(
 ) -> None:
     launcher = _Launcher(tmp_path, monkeypatch)
     for _ in range(2):
-        assert not launcher.attempt().is_hopeless()
+        assert not launcher.attempt().hopeless()
+        launcher.attempt(rank=1).record(TrainError("no such file"), final=True)
         launcher.crash(0, TrainError("no such file"), final=True)
-        assert launcher.attempt().is_hopeless()
+        crash = launcher.attempt().hopeless()
+        assert crash is not None and (crash["rank"], crash["kind"]) == (1, "TrainError")
         launcher.attempt().refuse_repetition()
         launcher = _Launcher(tmp_path, monkeypatch, run="b")
 
