@@ -279,9 +279,7 @@ def pack_lengths(lengths: np.ndarray) -> Result:
     with stopwatch() as result:
         packs = pack(lengths, seq_len=SEQ_LEN)
     index = packs.document_ids.nbytes + packs.offsets.nbytes + 8 * (len(lengths) + 1)
-    return (
-        result | _packed(lengths, len(packs), result["seconds"]) | {"index_mib": index / 2**20}
-    )
+    return result | _packed(lengths, len(packs), result["seconds"]) | {"index_mib": index / 2**20}
 
 
 def _packed(lengths: np.ndarray, rows: int, seconds: float) -> Result:

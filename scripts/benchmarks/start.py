@@ -51,7 +51,9 @@ def run(arguments: argparse.Namespace) -> Result:
         folder = Path(name)
         on_ranks(1, write_model, folder / "model", SHAPE)
         write_rows(folder, SHAPE, steps=8, ranks=1)
-        for job in jobs:  # the files of the libraries are in the page cache then, and a cache is warm
+        for (
+            job
+        ) in jobs:  # the files of the libraries are in the page cache then, and a cache is warm
             until_first_step(job, folder)
         runs = take_turns({"imports": time_imports} | sides(jobs, folder), arguments.repeats)
         where = {job: where_it_goes(job, folder, arguments.repeats) for job in jobs}
@@ -207,7 +209,6 @@ def trace() -> None:
     original, scripts.train.use_cache_dir = scripts.train.use_cache_dir, use_cache_dir
     phases.watch("scripts.train")
 
-
     def end(*_: Any) -> None:
         Path(file).write_text(json.dumps(phases.finish()))
         os._exit(0)
@@ -244,7 +245,9 @@ class _Phases:
         """Measure the functions of PHASES that `module` calls."""
         for (of, name), phase in PHASES.items():
             if of == module:
-                setattr(sys.modules[of], name, self._measured(phase, getattr(sys.modules[of], name)))
+                setattr(
+                    sys.modules[of], name, self._measured(phase, getattr(sys.modules[of], name))
+                )
 
     def _measured(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
