@@ -15,7 +15,7 @@ import pytest
 from models.build import build_model
 from models.flops import training_flops
 from scripts.benchmark import main
-from scripts.benchmarks import limit, overhead, scaling, start, workload
+from scripts.benchmarks import gpu, limit, overhead, scaling, start, workload
 from scripts.benchmarks import step as step_benchmark
 from scripts.benchmarks.data import NO_TRL
 from scripts.benchmarks.trainers import Work
