@@ -22,7 +22,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     device: torch.device,
-    batch_size: int = 64,
+    batch_size: int = 128,
     copies: int = 1,
 ) -> list[str]:
     """Answer every conversation, which ends with a user turn; see `continue_prompts`."""
