@@ -14,10 +14,11 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,7 @@ from models.partial import decoder_layers
 from scripts.config import TrainConfig
 from scripts.modelling import optimizer_of, sharded_without_weights, training_loss
 from scripts.planner.tracker import GRADIENTS, HOST, MemoryTracker
+from trainer import loss
 from trainer.optimizer import clip_gradients
 from trainer.parallel import build_mesh, set_gradient_sync, set_prefetch
 
@@ -187,7 +189,9 @@ def trace_step(
     """
     parallel = replace(config.parallel, compile=False, float8="none")
     config = replace(config, parallel=parallel)
-    with fake_ranks(world_size):
+    # What a CPU without bf16 units computes in fp32, a GPU does not.
+    bf16_units = patch.object(loss, "has_bf16_units", return_value=True)
+    with fake_ranks(world_size), bf16_units if on_gpu else nullcontext():
         mesh = build_mesh(parallel, world_size=world_size, device_type="cpu")
         tokens = range(len(config.model.add_special_tokens))
         model = sharded_without_weights(config, hf_config, tokens, mesh)
