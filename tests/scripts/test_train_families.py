@@ -91,7 +91,8 @@ def test_an_indexer_stays_as_it_was_in_checkpoints_and_exports(
     tmp_path: Path, cache_dir: Path
 ) -> None:
     """Qwen4-Exp: refused packed; Muon, recomputed layers, dry run, resume and both ways to an export."""
-    chat = write_chat(tmp_path / "chat.jsonl", count=8)
+    chat = write_chat(tmp_path / "chat" / "train.jsonl", count=8).parent
+    write_chat(chat / "test.jsonl", count=2, split="test")
     model = _write_model(tmp_path / "model", "qwen4_exp_text")
     run = partial(train, cache_dir=cache_dir)
     for flags, line in (
@@ -109,6 +110,8 @@ def test_an_indexer_stays_as_it_was_in_checkpoints_and_exports(
         "--optimizer.name=muon",
         "--parallel.activation_checkpointing=full",
         "--checkpoint.every=2",
+        "--evaluation.split=test",
+        "--evaluation.max_new_tokens=3",
     )
     tried = run([*flags, "--dry_run"], output_dir=tmp_path / "tried")
     assert tried.returncode == 0 and "equal in every bit" in tried.stdout, tried.output
