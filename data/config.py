@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from data.errors import DataError
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenised")
+FORMATS = (
+    "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenised", "preference"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,16 @@ class DataConfig:
     """Branch, tag or commit of the hub dataset; it is resolved to a commit once and recorded in run.json."""
 
     format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenised"
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "text",
+        "tokenised",
+        "preference",
     ] = "auto"
-    """What the columns mean (docs/data.md); auto tells it by their names."""
+    """What the columns mean (docs/data.md): messages, sharegpt, alpaca, prompt_completion, text, tokenised or preference; auto tells it by their names."""
 
     transform: str | None = None
     """Own change of every row, as package.function: a function of (row) that returns the row to use, or None to leave it out (docs/extend.md)."""

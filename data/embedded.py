@@ -7,8 +7,10 @@ can ever be trained on, and a right answer to one is a skill, not a memory.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +150,12 @@ def questions(split: str, count: int | None = None) -> list[tuple[list[dict[str,
 def check_answer(expected: str, generated: str) -> bool:
     """Whether the two are the same but for white space at the ends."""
     return expected.strip() == generated.strip()
+
+
+def tokenizer_recipe() -> str:
+    """A digest of what `build_tokenizer` depends on: this file and the versions of the libraries."""
+    versions = f"{version('tokenizers')} {version('transformers')}"
+    return hashlib.sha256(Path(__file__).read_bytes() + versions.encode()).hexdigest()[:16]
 
 
 def build_tokenizer(save_to: str | Path | None = None) -> PreTrainedTokenizerFast:

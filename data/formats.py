@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -38,8 +39,12 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompt_completion": (("prompt", "completion"), ("tools",)),
     "text": (("text",), ()),
     "tokenised": (("input_ids",), ("labels", "attention_mask")),
+    "preference": (("chosen", "rejected"), ("prompt", "tools")),
 }
 """For each format the columns it needs and those it also reads."""
+
+DOCUMENTS_OF_A_ROW = {"preference": 2}
+"""Formats whose row is several documents, which always share a packed row, in their order; of all others it is one."""
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -58,9 +63,9 @@ def encode_rows(
     """One result for every row, in order: its ids and marks, or the reason it has none.
 
     With data.expand_turns a conversation may have several results, one after the other with the
-    same row; never one that is Excluded among them. Rows are counted from the first of `rows`, which
+    same row, and a preference has two; never one that is Excluded among them. Rows are counted from the first of `rows`, which
     may be a part of a source: a list or anything that is sliced like a datasets.Dataset. `rows` has at least one row; `name` is what errors call them. Raises DataError if no format, or
-    more than one, fits the columns, or the tokenizer lacks what the format needs.
+    more than one, fits the columns, an option does not go with the format, or the tokenizer lacks what it needs.
     """
     columns = getattr(rows, "column_names", None) or list(rows[0])
     chosen = choose_format(columns, config.format, name=name)
@@ -76,6 +81,8 @@ def encode_rows(
     if chosen == "prompt_completion" and isinstance(_first_value(rows, "prompt"), str):
         end = tokenizer.get_vocab().get(str(tokenizer.eos_token))
         return _encode_texts(rows, tokenizer, prompt_completion_parts, config.control_tokens, end)
+    if chosen == "preference":
+        return _encode_pairs(rows, tokenizer, config, name)
     return encode_conversations(
         rows,
         tokenizer,
@@ -189,6 +196,54 @@ _TO_CONVERSATION: dict[str, Callable[[Row], Row]] = {
     "alpaca": from_alpaca,
     "prompt_completion": from_prompt_completion,
 }
+
+# ------------------------------------------------------------------------------------------- pairs
+
+
+def from_preference(row: Row, *, answer: str) -> Row:
+    """The prompt and one of the two answers, "chosen" or "rejected", whose last message alone is trained on."""
+    messages = _said(row.get(answer), answer, "assistant")
+    if messages[0].get("role") == "assistant":
+        if row.get("prompt") is None:
+            raise Unusable(f"{answer} begins with an answer, and there is no prompt")
+        messages = _said(row["prompt"], "prompt", "user") + messages
+    return {"messages": messages, "tools": row.get("tools")}
+
+
+def _said(value: Any, name: str, role: str) -> list[dict[str, Any]]:
+    """Text is one message of `role`; messages stay."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return list_of_objects(value, name)
+
+
+def _encode_pairs(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, name: str
+) -> Iterator[Encoded | Excluded]:
+    """The conversation that was chosen and then the one that was rejected, or why a row has none."""
+    for option, value, remedy in (
+        ("overlong", config.overlong in ("truncate", "split"), "drop or error"),
+        ("packing", config.packing == "fixed", "best_fit or none"),
+        ("expand_turns", config.expand_turns, "false"),
+    ):
+        if value:
+            raise DataError(
+                f"{name}: data.{option} {getattr(config, option)} would tear pairs of answers apart; use {remedy}"
+            )
+    answers = [
+        encode_conversations(
+            rows,
+            tokenizer,
+            to_conversation=partial(from_preference, answer=answer),
+            train_on="last",
+            control_tokens=config.control_tokens,
+        )
+        for answer in ("chosen", "rejected")
+    ]
+    for pair in zip(*answers, strict=True):
+        excluded = [result for result in pair if isinstance(result, Excluded)]
+        yield from excluded[:1] or pair
+
 
 # ------------------------------------------------------------------------------------------- texts
 

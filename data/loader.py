@@ -38,6 +38,7 @@ class PackedBatches:
         counts            int64 [4]     real tokens, padding tokens, labels, sum of the documents'
                                         squared lengths
         sample_index      int64 [B]     global sample of each row; -1 for a row of padding
+        source            int64 [B]     which of the mixture's sources each row is of
 
     A global batch that starts at sample g gives row j of micro-batch m on rank r the sample
     g + (m * world_size + r) * micro_batch_size + j. Samples from `end_sample` on are rows of
@@ -203,6 +204,7 @@ class _MicroBatches(Dataset[Batch]):
             seq_len=seq_len,
             pad_token_id=self._pad_token_id,
             max_documents=self._max_documents,
+            source=sources,
         )
 
 
@@ -213,11 +215,12 @@ def assemble(
     seq_len: int,
     pad_token_id: int,
     max_documents: int,
+    source: np.ndarray | None = None,
 ) -> Batch:
     """The micro-batch of `rows`, each a list of documents as (input_ids, supervised).
 
     `max_documents` bounds the documents of the whole micro-batch, the padding behind each row
-    counted as one.
+    counted as one. `source` is that of each row; without it all are of the first.
     """
     shape = len(rows), seq_len
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
@@ -255,6 +258,7 @@ def assemble(
         "row_tokens": torch.from_numpy(row_tokens),
         "counts": torch.tensor(counts),
         "sample_index": torch.from_numpy(sample_index),
+        "source": torch.from_numpy(np.zeros_like(sample_index) if source is None else source),
     }
 
 

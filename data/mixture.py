@@ -69,8 +69,16 @@ def mix(
 
     With them it is as long, but shares of its tokens (or of its rows, the source's own and not the
     packed ones) are as the weights. What a packed row of a source holds on average turns those into
-    numbers of packed rows. Raises DataError for a weight too small for a single row.
+    numbers of packed rows. Raises DataError for a weight too small for a single row, and for sources of pairs
+    beside others.
     """
+    groups = [source.documents.group for source in sources]
+    if len({*groups}) > 1:
+        names = [source.documents.meta["source"] for source in sources]
+        raise DataError(
+            f"data.sources: {names[groups.index(2)]} has pairs of answers and {names[groups.index(1)]} has none; "
+            "no loss fits both: leave one out"
+        )
     sizes = [len(source.packs) for source in sources]
     given = [weight for weight in weights if weight is not None]
     if not given:

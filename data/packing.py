@@ -34,6 +34,11 @@ class Packs:
         """The documents of one row."""
         return self.document_ids[self.offsets[pack] : self.offsets[pack + 1]]
 
+    def of(self, group: int) -> Packs:
+        """The packs of documents of which each one here stands for a `group` of neighbours."""
+        ids = self.document_ids[:, None] * group + np.arange(group)
+        return Packs(ids.ravel(), self.offsets * group)
+
     @property
     def max_documents(self) -> int:
         """The most documents any row holds."""

@@ -27,7 +27,7 @@ import numpy as np
 from data.chat import Encoded, Excluded
 from data.config import DataConfig
 from data.errors import DataError
-from data.formats import choose_format, encode_rows
+from data.formats import DOCUMENTS_OF_A_ROW, choose_format, encode_rows
 from data.ledger import Ledger
 from data.lock import locked
 from data.sources import Row, Source
@@ -58,6 +58,11 @@ class Task:
         rows = self.source.rows
         # A broken line has no columns.
         return getattr(rows, "column_names", None) or next((list(row) for row in rows if row), [])
+
+    @property
+    def format(self) -> str:
+        """Told by the columns, unless the user has; raises DataError."""
+        return choose_format(self.columns, self.config.format, name=self.source.name)
 
     @property
     def parts(self) -> int:
@@ -181,7 +186,7 @@ def write_part(task: Task, number: int, advance: Callable[[int], Any]) -> None:
     """Tokenise the rows of one part; `advance` is told how many rows were done. Raises DataError."""
     name, config, total = task.source.name, task.config, len(task.source.rows)
     part = _part(task, number)
-    config = replace(config, format=choose_format(task.columns, config.format, name=name))
+    config = replace(config, format=task.format)
     ledger, lengths = Ledger(), []
     with (
         written_whole(task.part_folder(number)) as folder,
@@ -214,6 +219,9 @@ def examples_of_row(
     `results` are all that encode_rows gave for the row, whose index there is without `first_row`.
     Raises DataError for an overlong row with data.overlong=error.
     """
+    if config.format in DOCUMENTS_OF_A_ROW and not isinstance(results[0], Excluded):
+        yield from _whole_row(results, ledger, config, name, first_row)
+        return
     ledger.rows_read += 1
     examples_before, overlong, truncated, split = ledger.examples, False, False, False
     limit = None if config.packing == "fixed" else config.seq_len
@@ -259,6 +267,38 @@ def examples_of_row(
     ledger.overlong_split += split
 
 
+def _whole_row(
+    results: Sequence[Encoded | Excluded],
+    ledger: Ledger,
+    config: DataConfig,
+    name: str,
+    first_row: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`examples_of_row` of a row whose documents stay together: all of them, or none."""
+    documents = [(r.input_ids, r.supervised) for r in results if isinstance(r, Encoded)]
+    labels = [int(np.count_nonzero(supervised[1:])) for _, supervised in documents]
+    length = sum(len(ids) for ids, _ in documents)
+    ledger.rows_read += 1
+    ledger.tokens_read += length
+    if length > config.seq_len:
+        if config.overlong == "error":
+            raise DataError(
+                f"{name}: row {first_row + results[0].row} has {length} tokens in all its answers, more than "
+                f"data.seq_len={config.seq_len}; raise it or set data.overlong drop"
+            )
+        ledger.tokens_dropped += length
+        ledger.overlong_dropped += 1
+    elif not all(labels):
+        ledger.tokens_without_labels += length
+        ledger.without_labels += 1
+    else:
+        ledger.rows_used += 1
+        ledger.examples += len(documents)
+        ledger.tokens += length
+        ledger.supervised_tokens += sum(labels)
+        yield from documents
+
+
 def join_parts(task: Task) -> None:
     """Make the folder of tokens of its parts, and remove them; raises DataError."""
     name, parts = task.source.name, [task.part_folder(number) for number in range(task.parts)]
@@ -285,6 +325,7 @@ def join_parts(task: Task) -> None:
             "source": name,
             "commit": task.source.commit,
             "ledger": asdict(ledger),
+            "documents_of_a_row": DOCUMENTS_OF_A_ROW.get(task.format, 1),
         }
         write_meta(folder, meta, list(TOKEN_FILES))
     # What another process is still writing there is not needed: it may stay.

@@ -48,6 +48,11 @@ class TokenStore:
         return len(self.offsets) - 1
 
     @property
+    def group(self) -> int:
+        """Neighbouring examples that always share a packed row: 2 of a preference."""
+        return self.meta.get("documents_of_a_row", 1)
+
+    @property
     def lengths(self) -> np.ndarray:
         """int32 [examples]: tokens of each example."""
         return np.diff(self.offsets).astype(np.int32)
@@ -58,8 +63,10 @@ class TokenStore:
         return self.input_ids[place], self.supervised[place].view(bool)
 
     def first(self, examples: int | None) -> TokenStore:
-        """The same without what comes behind the first `examples`; None keeps all."""
-        return self if examples is None else replace(self, offsets=self.offsets[: examples + 1])
+        """The same without what comes behind the first `examples`, or groups of them; None keeps all."""
+        if examples is None:
+            return self
+        return replace(self, offsets=self.offsets[: examples * self.group + 1])
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,8 @@ def pack_store(store: TokenStore, *, method: Method, seq_len: int) -> PackedStor
         unseen = store.supervised[documents.offsets[:-1]].sum(dtype=np.int64)
         ledger["supervised_tokens"] = int(np.count_nonzero(store.supervised) - unseen)
     else:
-        documents, packs = store, pack(store.lengths, seq_len=seq_len, method=method)
+        lengths = store.lengths.reshape(-1, store.group).sum(1)
+        documents, packs = store, pack(lengths, seq_len=seq_len, method=method).of(store.group)
     ledger["packed_rows"] = len(packs)
     ledger["masked_tokens"] = ledger["tokens"] - ledger["supervised_tokens"]
     ledger["padding_tokens"] = len(packs) * seq_len - ledger["tokens"]

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from data.chat import Excluded
 from data.config import DataConfig
 from data.errors import DataError
-from data.formats import COLUMNS, choose_format, encode_rows
+from data.formats import COLUMNS, DOCUMENTS_OF_A_ROW, choose_format, encode_rows
 from data.ledger import Ledger
 from data.loader import Batch, assemble
 from data.packing import Packs, sample_to_pack
@@ -59,7 +59,7 @@ def stream_format(rows: Iterator[Row], config: DataConfig, *, name: str, world_s
 class StreamedBatches:
     """The micro-batches of one rank, endlessly; they look like those of `data.loader.PackedBatches`.
 
-    Two things differ: document_offsets has room for 1 + seq_len // 8 documents in a packed row (more
+    Two things differ: document_offsets has room for 1 + seq_len // 8 documents (or pairs of them) in a packed row (more
     are spread over several rows), and sample_index counts the packed rows of a block.
 
     Attributes:
@@ -159,7 +159,8 @@ class _Stream:
     @property
     def max_documents(self) -> int:
         """Room for documents in a packed row: a number known before any row is."""
-        return 1 if self.config.packing == "none" else 1 + self.config.seq_len // 8
+        group = DOCUMENTS_OF_A_ROW.get(self.config.format, 1)
+        return group if self.config.packing == "none" else group * (1 + self.config.seq_len // 8)
 
     def blocks(self, state: dict[str, int]) -> Iterator[_Block]:
         """The blocks from that of `state` on; those without an example are passed over."""
@@ -207,7 +208,10 @@ class _Stream:
             np.concatenate([ids for ids, _ in examples]),
             np.concatenate([supervised for _, supervised in examples]).view(np.uint8),
             np.cumsum([0, *(len(ids) for ids, _ in examples)]),
-            {"ledger": asdict(ledger)},
+            {
+                "ledger": asdict(ledger),
+                "documents_of_a_row": DOCUMENTS_OF_A_ROW.get(self.config.format, 1),
+            },
         )
         packed = pack_store(tokens, method=self.config.packing, seq_len=self.config.seq_len)
         packs = _spread(packed.packs, self.max_documents)

@@ -5,12 +5,16 @@ Shapes: B rows, S tokens a row, N query heads, K key/value heads, H head width, 
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 
 from models.context_parallel import heads_for_tokens, tokens_for_heads
@@ -106,38 +110,68 @@ def _attention_per_document(
         query.device.type == "cpu"
     ):  # whose kernel takes many times as long for the gradients of bf16
         query, key, value = query.float(), key.float(), value.float()
-    offsets = document_offsets.cpu()
-    starts, lengths = offsets[:-1], offsets.diff()
-    outputs, places = [], []
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        if length >= _LONG_DOCUMENT:
-            document = (
-                x[start : start + length].transpose(0, 1).unsqueeze(0) for x in (query, key, value)
-            )
-            output = F.scaled_dot_product_attention(
-                *document, is_causal=True, scale=scaling, dropout_p=dropout
-            )
-            outputs.append(output.squeeze(0).transpose(0, 1))
-            places.append(torch.arange(start, start + length))
+    documents = _DOCUMENTS.get(document_offsets)
+    if documents is None:
+        documents = _DOCUMENTS[document_offsets] = _find_documents(document_offsets)
+    outputs = []
+    for tokens in documents.long:
+        document = (x[tokens].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        output = F.scaled_dot_product_attention(
+            *document, is_causal=True, scale=scaling, dropout_p=dropout
+        )
+        outputs.append(output.squeeze(0).transpose(0, 1))
+    for tokens, real in documents.short:
+        padded = (x[tokens].transpose(1, 2) for x in (query, key, value))
+        output = F.scaled_dot_product_attention(
+            *padded, is_causal=True, scale=scaling, dropout_p=dropout
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1)[real])
+    output = torch.cat(outputs)
+    if documents.order is not None:
+        output = output[documents.order]
+    return output.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Where attention per document finds its tokens, among the B * S of a batch."""
+
+    long: list[slice]
+    """Each the tokens of one document."""
+    short: list[tuple[Tensor, Tensor]]
+    """Tokens of documents padded to one length, [documents, length], and which of these, flattened, are no padding."""
+    order: Tensor | None
+    """[T]: where each token is among all that were computed; None where they are in order."""
+
+
+# Found once for a batch, whose layers all get the same tensor of offsets: reading it makes the host wait for a GPU.
+_DOCUMENTS: MutableMapping[Tensor, _Documents] = WeakTensorKeyDictionary()
+
+
+def _find_documents(document_offsets: Tensor) -> _Documents:
+    offsets, device = np.array(document_offsets.tolist()), document_offsets.device
+    starts, lengths = offsets[:-1], np.diff(offsets)
+    long, short, places = [], [], []
+    for index in np.flatnonzero(lengths >= _LONG_DOCUMENT):
+        long.append(slice(int(offsets[index]), int(offsets[index + 1])))
+        places.append(np.arange(offsets[index], offsets[index + 1]))
     for size in (2**power for power in range(_LONG_DOCUMENT.bit_length() - 1)):
         chosen = (lengths >= size) & (lengths < 2 * size)
         if not chosen.any():
             continue
-        start, length = starts[chosen].unsqueeze(1), lengths[chosen].unsqueeze(1)
-        column = torch.arange(int(length.max())).unsqueeze(0)
+        start, length = starts[chosen, None], lengths[chosen, None]
+        column = np.arange(length.max())
         inside = column < length
-        token = torch.where(inside, start + column, start)  # padding: any token
-        on_device = token.to(query.device)
-        padded = (x[on_device].transpose(1, 2) for x in (query, key, value))
-        output = F.scaled_dot_product_attention(
-            *padded, is_causal=True, scale=scaling, dropout_p=dropout
-        )
-        outputs.append(output.transpose(1, 2)[inside.to(query.device)])
+        token = np.where(inside, start + column, start)  # padding: any token
+        short.append((_indices(token, device), _indices(np.flatnonzero(inside), device)))
         places.append(token[inside])
-    output, place = torch.cat(outputs), torch.cat(places)
-    if bool((place.diff() != 1).any()):  # without short documents they are in order already
-        output = output[place.argsort().to(output.device)]
-    return output.to(dtype)
+    place = np.concatenate(places)
+    in_order = bool((np.diff(place) == 1).all())  # as without short documents
+    return _Documents(long, short, None if in_order else _indices(place.argsort(), device))
+
+
+def _indices(places: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(places).to(device)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

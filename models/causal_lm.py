@@ -34,6 +34,8 @@ class PackedCausalLM(nn.Module):
         self.hf = hf
         self.cp_group: ProcessGroup | None = None
         """Ranks that share every row: `forward` then gets this rank's slice of it, and `document_offsets` of the whole."""
+        self.added_parameters: tuple[str, ...] = ()
+        """Of `hf`, by name: those that a user's function has added, which a pretrained model may lack."""
         self._linear_attention = bool(linear_attention_layers(hf.config))
 
     def forward(

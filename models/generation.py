@@ -15,7 +15,6 @@ from models.tokenizer import stop_token_ids
 Messages = list[dict[str, Any]]
 
 
-@torch.no_grad()
 def generate_answers(
     model: PackedCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -23,15 +22,42 @@ def generate_answers(
     *,
     max_new_tokens: int,
     device: torch.device,
+    batch_size: int = 128,
+    copies: int = 1,
+) -> list[str]:
+    """Answer every conversation, which ends with a user turn; see `continue_prompts`."""
+    texts = [
+        str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        for messages in prompts
+    ]
+    return continue_prompts(
+        model,
+        tokenizer,
+        tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [],
+        max_new_tokens=max_new_tokens,
+        device=device,
+        batch_size=batch_size,
+        copies=copies,
+    )
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: PackedCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    device: torch.device,
     batch_size: int = 64,
     copies: int = 1,
 ) -> list[str]:
-    """Answer every conversation by greedy decoding; each rank takes its share and all return all answers.
+    """Continue every prompt by greedy decoding; each rank takes its share and all return all answers.
 
     Args:
         model: every rank of the default process group calls this with the same prompts.
-        tokenizer: with a chat template.
-        prompts: conversations that end with a user turn.
+        tokenizer: says what ends an answer.
+        prompts: token ids, at least one each.
         max_new_tokens: tokens per answer.
         device: where the model lives.
         batch_size: prompts decoded together on one rank.
@@ -46,19 +72,11 @@ def generate_answers(
     model.eval()
     for start in range(0, per_rank, batch_size):
         # Every rank runs the same number of batches, else the gathers of FSDP would not meet: short of a prompt,
-        # it repeats its last one and drops the answer.
+        # it repeats the last one and drops the answer.
         wanted = [rank + world_size * i for i in range(start, min(start + batch_size, per_rank))]
-        texts = [
-            str(
-                tokenizer.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=True
-                )
-            )
-            for conversation in (prompts[min(i, len(prompts) - 1)] for i in wanted)
-        ]
-        # In two calls: padding in the first would stay in the tokenizer, and be exported with it.
-        encoded = tokenizer(texts, add_special_tokens=False)
-        inputs = tokenizer.pad(encoded, padding_side="left", return_tensors="pt").to(device)
+        ids = [list(prompts[min(i, len(prompts) - 1)]) for i in wanted]
+        inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(device)
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

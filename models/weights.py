@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -324,6 +325,26 @@ def init_weights(model: PackedCausalLM, seed: int) -> None:
     pad = embedding.padding_idx
     if pad is not None and rows.start <= pad < rows.stop:  # a row of a sharded tensor is a copy
         local[pad - rows.start].zero_()
+
+
+def init_modules(model: PackedCausalLM, names: Collection[str], seed: int) -> None:
+    """Give the modules of the parameters `names` random values by transformers' own rule, the same for any sharding.
+
+    Raises:
+        ModelError: transformers has no rule for one of them.
+    """
+    torch.manual_seed(seed)
+    for name in names:
+        parameter = model.hf.get_parameter(name)
+        local, _ = _shard(parameter.detach())
+        local.fill_(math.nan)
+        with _WholeTensors():
+            model.hf._init_weights(model.hf.get_submodule(name.rpartition(".")[0]))
+        if local.isnan().any():
+            raise ModelError(
+                f"--model.function adds {name}, for which there is no rule of initial values; use a module such as "
+                "nn.Linear or nn.Embedding for it"
+            )
 
 
 class _WholeTensors(TorchDispatchMode):

@@ -8,6 +8,8 @@ python scripts/benchmark.py memory [--seq_len N] [--layers N] [--width N] [--rep
 python scripts/benchmark.py step [--shape S] [--dtype D] [--packing P] [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py limit [--shape S] [--dtype D] [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py overhead [--steps N] [--blocks N] [--repeats N] [--json FILE]
+python scripts/benchmark.py scaling [--steps N] [--repeats N] [--json FILE]
+python scripts/benchmark.py start [--job J] [--repeats N] [--json FILE]
 python scripts/benchmark.py gpu [--gpus N] [--steps N] [--minutes N] [--calibration FILE] [--json FILE]
 
 Each command is a module of scripts/benchmarks and prints Markdown tables. Only `gpu` needs one.
@@ -18,15 +20,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# Read when the libraries are imported: no progress bars, and no word of torch's profiler, between the tables.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
 from data.errors import DataError
 from models.errors import ModelError
-from scripts.benchmarks import checkpoint, data, gpu, limit, load, loss, memory, overhead, step
+from scripts.benchmarks import (
+    checkpoint,
+    data,
+    gpu,
+    limit,
+    load,
+    loss,
+    memory,
+    overhead,
+    scaling,
+    start,
+    step,
+)
 
 COMMANDS = {
     "checkpoint": checkpoint,
@@ -37,6 +56,8 @@ COMMANDS = {
     "loss": loss,
     "memory": memory,
     "overhead": overhead,
+    "scaling": scaling,
+    "start": start,
     "step": step,
 }
 

@@ -55,6 +55,7 @@ RunConfig = TypeVar("RunConfig", bound=TrainConfig)
 
 # A function's name, package.module.function.
 _FUNCTION = r"\w+(\.\w+)+"
+_SHOWN_CHOICES = 60  # characters of a flag's choices that --help has room for
 
 # Inclusive lower bounds. The types are already right when these are checked.
 _AT_LEAST: dict[str, float] = {
@@ -353,6 +354,11 @@ def validate(config: TrainConfig) -> None:
     _check_functions(config)
     unknown = [key for key in config.allow_changed if key not in LASTING]
     _require(not unknown, f"--allow_changed takes {', '.join(LASTING)}; got {', '.join(unknown)}")
+    for name in ("wandb", "mlflow"):
+        _require(
+            not getattr(config.log, name) or find_spec(name) is not None,
+            f"--log.{name} needs {name}: pip install -c constraints.txt -e '.[{name}]'",
+        )
     mirror = config.checkpoint.mirror
     _require(
         mirror is None or re.match(r"[a-z0-9]+://.", mirror) is not None,
@@ -551,6 +557,14 @@ def _check_functions(config: TrainConfig) -> None:
                 path is None or re.fullmatch(_FUNCTION, path) is not None,
                 f"--{name} must be package.function, the name of a function in a module, got {path!r}",
             )
+    _require(
+        config.loss is not None or not config.loss_options,
+        "--loss_options are arguments of an own loss: give --loss package.function too",
+    )
+    _require(
+        all(isinstance(key, str) and key.isidentifier() for key in config.loss_options),
+        "--loss_options must have names of arguments as keys",
+    )
     for name, value, known in (
         ("optimizer.name", config.optimizer.name, ("adamw", "muon")),
         ("schedule.name", config.schedule.name, ("cosine", "linear", "constant", "wsd")),
@@ -714,7 +728,9 @@ def _placeholder(hint: Any) -> str:
     """What stands for the value in the help."""
     hint = _alternatives(hint)[0]
     if get_origin(hint) is Literal:
-        return "{" + ",".join(get_args(hint)) + "}"
+        names = ",".join(get_args(hint))
+        # All of them are in the flag's text, and in the error about any other.
+        return f"{{{names}}}" if len(names) <= _SHOWN_CHOICES else f"{{{get_args(hint)[0]},...}}"
     if get_origin(hint) is tuple:
         items = ("..." if item is ... else _placeholder(item) for item in get_args(hint))
         return "[" + ",".join(items) + "]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data.config import DataConfig
 from models.config import LoraConfig, ModelConfig
@@ -65,7 +65,10 @@ class TrainConfig:
     """Build everything, print what each rank will hold, run one step, save, reload and compare, and stop; output_dir is not touched."""
 
     loss: str | None = None
-    """Own loss, as package.function: a function of (model, batch) that returns a sum over valid tokens and metrics (docs/extend.md); default: cross-entropy."""
+    """Own loss, as package.function: a function of (model, batch) that returns a sum over valid tokens and metrics, or a class that is made with (job, model) and then called so (docs/extend.md); default: cross-entropy."""
+
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the own loss, for example {beta: 0.1}."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -52,13 +52,11 @@ except ModuleNotFoundError as error:
     sys.exit(1)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from scripts.planner.facts import Shape
+    from scripts.planner.memory import MemoryPlan
 
 _ROWS, _LINES, _SHOWN_TOKENS = 3, 3, 16
-# Whose shapes scripts/what_fits.py knows.
-_PREDICTED = ("qwen2", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,12 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
         return
     cache, is_whole = check_cache(config)
     hub, to_fetch = check_hub(config, cache_dir, offline=offline, is_whole=is_whole)
-    shape, job = check_job(config, cache_dir, from_cache=is_whole)
+    model, job = check_job(config, cache_dir, from_cache=is_whole)
+    plan, unplanned = plan_job(config, model, world_size=world_size) if model else (None, [])
     output_dir = output_folder(config).absolute()
     local_ranks = min(world_size, len(gpus) or world_size)
     on_disk, in_host = (
-        _bytes_to_keep(config, shape, share=local_ranks / world_size) if shape else (0, 0)
+        _bytes_to_keep(config, plan, share=local_ranks / world_size) if plan else (0, 0)
     )
     yield from check_host_memory(needed=in_host)
     if offline and not os.access(cache_dir, os.W_OK):
@@ -140,9 +139,10 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield from cache
     told = {finding.text for finding in hub}
     yield from (finding for finding in job if finding.text not in told)
-    if shape is not None:
+    yield from unplanned
+    if plan is not None:
         memory = min((gpu.total for gpu in gpus), default=None)
-        yield check_fit(config, shape, world_size=world_size, memory=memory)
+        yield check_fit(plan, world_size=world_size, memory=memory)
 
 
 def _extras(config: TrainConfig) -> list[str]:
@@ -253,13 +253,13 @@ def check_hub(
 
 def check_job(
     config: TrainConfig, cache_dir: Path, *, from_cache: bool
-) -> tuple[Shape | None, list[Finding]]:
-    """Model, tokenizer, chat template, and what is trained on in the first rows; and the model's shape, where it is known."""
+) -> tuple[PreTrainedConfig | None, list[Finding]]:
+    """Model, tokenizer, chat template, and what is trained on in the first rows; and the model's configuration, where it is known."""
     import torch
 
-    from models.build import read_model_config
+    from models.build import parse_model_config, read_model_config
     from models.hub import snapshot
-    from scripts.planner.facts import find_model, shape_of
+    from scripts.planner.facts import find_model
     from scripts.preparation import prepare_model, read_tokenizer
 
     chosen = config.model
@@ -275,19 +275,16 @@ def check_job(
         folder = Path(prepared["model"]) if prepared["model"] else None
         model = read_model_config(chosen, folder, tokenizer)
     except (DataError, ModelError) as error:
-        shape = None
-        with suppress(KeyError):  # of published models it is known without a network
-            shape = shape_of(find_model(config.model.name or ""))
-        return shape, [Finding("error", "model", str(error))]
+        known, called = None, config.model.name or ""
+        with suppress(KeyError, ModelError):  # of published models it is known without a network
+            known = parse_model_config(find_model(called), config.model, called)
+        return known, [Finding("error", "model", str(error))]
     name = config.model.name or config.model.path or "the built-in model"
     found = [
         Finding("ok", "model", f"{name} ({model.model_type}) and its tokenizer belong together")
     ]
     found += check_rows(config, tokenizer, cache_dir, from_cache=from_cache)
-    if model.model_type not in _PREDICTED:
-        text = f"of {model.model_type} no closed form is known: memory is not predicted"
-        return None, [*found, Finding("warning", "memory", text, "--dry_run measures it")]
-    return shape_of(model.to_dict()), found
+    return model, found
 
 
 def check_rows(
@@ -337,51 +334,65 @@ def check_rows(
             yield Finding("ok" if len(trained) else "warning", "data", text)
 
 
-def check_fit(
-    config: TrainConfig, shape: Shape, *, world_size: int, memory: float | None
-) -> Finding:
-    """The batch divides, and what a GPU needs, as scripts/what_fits.py computes it, is there: `memory` bytes, if any."""
-    from scripts.what_fits import GB, need_of_rank
+def plan_job(
+    config: TrainConfig, model: PreTrainedConfig, *, world_size: int
+) -> tuple[MemoryPlan | None, list[Finding]]:
+    """What a GPU will hold, as plan.py says; or why that cannot be said."""
+    from scripts.planner.memory import plan_memory
+    from scripts.planner.work import batch_of
 
     try:
-        need = need_of_rank(shape, config, world_size=world_size)
+        micro_batch_size, _, grad_accum_steps = batch_of(config, gpus=world_size)
+        plan = plan_memory(
+            config,
+            model,
+            world_size=world_size,
+            micro_batch_size=micro_batch_size,
+            grad_accum_steps=grad_accum_steps,
+        )
     except TrainError as error:
         remedy = f"looked at for {_count(world_size, 'rank')}: --world_size says otherwise"
-        return Finding("error", "batch", str(error), remedy)
-    text = (
-        f"about {need.total / GB:.1f} GB a GPU on {_count(world_size, 'rank')} ({need.held / GB:.1f} held, "
-        f"{need.working / GB:.1f} working, {need.accumulation / GB:.1f} for accumulation, "
-        f"{need.activations / GB:.1f} activations), computed, not measured"
-    )
+        return None, [Finding("error", "batch", str(error), remedy)]
+    except ModelError as error:
+        return None, [Finding("warning", "memory", str(error))]
+    return plan, []
+
+
+def check_fit(plan: MemoryPlan, *, world_size: int, memory: float | None) -> Finding:
+    """What a GPU needs is there: `memory` bytes, if any."""
+    from scripts.planner.planning import room_of
+
+    room = room_of(plan, gib=(memory or 0) / 2**30)
+    parts = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in plan.parts.items())
+    text = f"{room.needed:.1f} GiB a GPU on {_count(world_size, 'rank')} ({parts}), planned, not measured"
     if memory is None:
         return Finding("ok", "memory", f"{text}; no GPU here to compare with")
-    text += f"; there are {memory / GB:.1f}"
-    remedy = (
-        "--parallel.activation_checkpointing full, a smaller --micro_batch_size, docs/what-fits.md"
-    )
-    if need.total > memory:
+    text += f"; there are {room.there:.1f}"
+    remedy = "--parallel.activation_checkpointing full, a smaller --micro_batch_size; plan.py --search finds a way"
+    if not room.fits:
         return Finding("error", "memory", text, remedy)
-    if need.total > 0.95 * memory:
-        return Finding("warning", "memory", text, remedy)
+    if room.tight:
+        return Finding("warning", "memory", f"{text}, and {room.reserved:.1f} reserved", remedy)
     return Finding("ok", "memory", text)
 
 
-def _bytes_to_keep(config: TrainConfig, shape: Shape, *, share: float) -> tuple[float, float]:
+def _bytes_to_keep(config: TrainConfig, plan: MemoryPlan, *, share: float) -> tuple[float, float]:
     """In output_dir: checkpoints, one of them still being written, and the export. In the host memory of a node with this
     share of the ranks: copies of a checkpoint, and what is offloaded.
     """
-    from scripts.what_fits import held_bytes, trained_parameters
     from trainer.precision import BYTES, bytes_per_parameter
 
     sizes = bytes_per_parameter(config.parallel, config.optimizer)
-    checkpoint = trained_parameters(shape, config) * (sizes["masters"] + sizes["optimizer state"])
+    trained = plan.trained_parameters
+    checkpoint = trained * (sizes["masters"] + sizes["optimizer state"])
     saved = config.checkpoint
     on_disk = checkpoint * (1 + saved.keep_last if saved.every else 1)
     if saved.export in (True, "both"):
-        on_disk += shape.parameters * BYTES[config.model.dtype]
+        on_disk += plan.parameters * BYTES[config.model.dtype]
     in_host = checkpoint if saved.asynchronous else 0
     if config.parallel.cpu_offload:
-        in_host += held_bytes(shape, config)
+        frozen = (plan.parameters - trained) * BYTES[config.parallel.param_dtype]
+        in_host += trained * sum(sizes.values()) + frozen
     return on_disk, in_host * min(1, share * config.parallel.dp_replicate)
 
 

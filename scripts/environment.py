@@ -94,6 +94,8 @@ def cache_settings(root: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": compiled / "triton",
         "CUDA_CACHE_PATH": compiled / "cuda",
         "MPLCONFIGDIR": root / "matplotlib",
+        "WANDB_CACHE_DIR": root / "wandb",
+        "WANDB_DATA_DIR": root / "wandb",
         # Catches every other library that follows the XDG convention.
         "XDG_CACHE_HOME": root / "xdg",
     }

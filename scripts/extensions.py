@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from data.config import DataConfig, source_configs
@@ -16,10 +18,26 @@ from trainer.loop import LossFunction
 
 
 def own_loss(config: TrainConfig) -> LossFunction | None:
-    """The function of `--loss`; raises TrainError, as all here, if there is none or its arguments do not fit."""
+    """The function of `--loss` with its options; raises TrainError, as all here, if there is none or its arguments do not fit.
+
+    Where `--loss` names a class that is made of the job and the model, a function of these two that makes it.
+    """
     if config.loss is None:
         return None
-    return import_function(config.loss, flag="--loss", takes="model, batch")
+    takes, options = "job, model" if loss_is_class(config) else "model, batch", config.loss_options
+    if options:
+        takes += ", *, " + ", ".join(options)
+    function: Any = import_function(config.loss, flag="--loss", takes=takes)
+    if not options:
+        return function
+    with_options: Any = partial(function, **options)
+    if hasattr(function, "units"):
+        with_options.units = function.units
+    return with_options
+
+
+def loss_is_class(config: TrainConfig) -> bool:
+    return config.loss is not None and inspect.isclass(import_object(config.loss, flag="--loss"))
 
 
 def own_change(config: ModelConfig) -> Callable[[Any], None] | None:

@@ -83,7 +83,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "save_strategy": "is a number of steps here: set --checkpoint.every",
     "logging_strategy": "is a number of steps here: set --log.every",
     "logging_dir": "is always OUTPUT_DIR/tensorboard: set --output_dir",
-    "report_to": "is --log.tensorboard here; metrics.jsonl is always written",
+    "report_to": "is --log.tensorboard, --log.wandb and --log.mlflow here; metrics.jsonl is always written",
     "overwrite_output_dir": "is not needed: nothing is overwritten, and --resume never starts anew",
     "run_name": "is the last folder of --output_dir here",
     "push_to_hub": "is not supported: upload OUTPUT_DIR/export with hf upload",

@@ -1,4 +1,4 @@
-"""The ledger of a source as a table for people."""
+"""The ledger of a source for people: its counts in groups, and as a table of text."""
 
 from __future__ import annotations
 
@@ -19,12 +19,32 @@ def anything_left_out(ledger: dict[str, Any]) -> bool:
 
 
 def ledger_table(source: str, ledger: dict[str, Any], *, seq_len: int) -> str:
-    """A ledger after packing (`data.store.pack_store`) as aligned text: rows, tokens, lengths. Each group adds up to its first line."""
+    """`ledger_rows` as aligned text."""
+    rows = ledger_rows(source, ledger, seq_len=seq_len)
+    most = max((count for group, _, count, _ in rows if group == "lengths"), default=1)
+    shown, before = [], ""
+    for group, name, count, note in rows:
+        bar = "█" * -(-count * _BAR // most) if group == "lengths" else note
+        shown.append((group if group != before else "", name, count, bar))
+        before = group
+    name_width = max(len(name) for _, name, _, _ in shown)
+    count_width = max(len(f"{count:,}") for _, _, count, _ in shown)
+    lines = [
+        f"{group:<7}  {name:<{name_width}}  {count:>{count_width},}  {note}"
+        for group, name, count, note in shown
+    ]
+    return "\n".join(printable(line.rstrip()) for line in lines)
+
+
+def ledger_rows(
+    source: str, ledger: dict[str, Any], *, seq_len: int
+) -> list[tuple[str, str, int, str]]:
+    """(group, name, count, note) of all that a ledger counts: rows, tokens, and after packing (`data.store.pack_store`) places and lengths. Each group of the first three adds up to its first line."""
     rows = [("rows", "read", ledger["rows_read"], f"from {source}")]
     for reason, entry in ledger["excluded"].items():
         first = ", ".join(map(str, entry["first"]))
         more = ", ..." if entry["rows"] > len(entry["first"]) else ""
-        rows.append(("", "excluded", entry["rows"], f"{reason} (rows {first}{more})"))
+        rows.append(("rows", "excluded", entry["rows"], f"{reason} (rows {first}{more})"))
     notes = []
     if ledger["overlong_split"]:
         notes.append(f"{ledger['overlong_split']:,} of them split, {ledger['examples']:,} in all")
@@ -36,32 +56,35 @@ def ledger_table(source: str, ledger: dict[str, Any], *, seq_len: int) -> str:
             f"{ledger['stripped_reasoning_turns']:,} ({ledger['stripped_reasoning_tokens']:,} tokens; "
             "data.expand_turns trains on them)"
         )
+    masked = ledger["tokens"] - ledger["supervised_tokens"]
     rows += [
-        ("", "overlong", ledger["overlong_dropped"], f"longer than {seq_len} tokens, dropped"),
-        ("", "without labels", ledger["without_labels"], "nothing to predict"),
-        ("", "used", ledger["rows_used"], "; ".join(notes)),
+        ("rows", "overlong", ledger["overlong_dropped"], f"longer than {seq_len} tokens, dropped"),
+        ("rows", "without labels", ledger["without_labels"], "nothing to predict"),
+        ("rows", "used", ledger["rows_used"], "; ".join(notes)),
         ("tokens", "read", ledger["tokens_read"], ""),
-        ("", "truncated", ledger["tokens_truncated"], "ends of overlong rows"),
-        ("", "dropped", ledger["tokens_dropped"], "overlong rows"),
-        ("", "without labels", ledger["tokens_without_labels"], "rows with nothing to predict"),
-        ("", "masked", ledger["masked_tokens"], "read by the model, not predicted"),
-        ("", "supervised", ledger["supervised_tokens"], "predicted"),
+        ("tokens", "truncated", ledger["tokens_truncated"], "ends of overlong rows"),
+        ("tokens", "dropped", ledger["tokens_dropped"], "overlong rows"),
+        (
+            "tokens",
+            "without labels",
+            ledger["tokens_without_labels"],
+            "rows with nothing to predict",
+        ),
+        ("tokens", "masked", masked, "read by the model, not predicted"),
+        ("tokens", "supervised", ledger["supervised_tokens"], "predicted"),
+    ]
+    if "packed_rows" not in ledger:  # a stream
+        return rows
+    return [
+        *rows,
         ("packed", "places", ledger["packed_rows"] * seq_len, _packed(ledger, seq_len)),
-        ("", "tokens", ledger["tokens"], "masked and supervised"),
-        ("", "padding", ledger["padding_tokens"], "carries nothing"),
+        ("packed", "tokens", ledger["tokens"], "masked and supervised"),
+        ("packed", "padding", ledger["padding_tokens"], "carries nothing"),
+        *(
+            ("lengths", f"{entry['from']:,}-{entry['to']:,}", entry["examples"], "")
+            for entry in ledger["length_histogram"]
+        ),
     ]
-    most = max(entry["examples"] for entry in ledger["length_histogram"])
-    for number, entry in enumerate(ledger["length_histogram"]):
-        bar = "█" * -(-entry["examples"] * _BAR // most)
-        span = f"{entry['from']:,}-{entry['to']:,}"
-        rows.append(("" if number else "lengths", span, entry["examples"], bar))
-    name_width = max(len(name) for _, name, _, _ in rows)
-    count_width = max(len(f"{count:,}") for _, _, count, _ in rows)
-    lines = [
-        f"{group:<7}  {name:<{name_width}}  {count:>{count_width},}  {note}"
-        for group, name, count, note in rows
-    ]
-    return "\n".join(printable(line.rstrip()) for line in lines)
 
 
 def _packed(ledger: dict[str, Any], seq_len: int) -> str:

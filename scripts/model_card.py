@@ -48,7 +48,7 @@ def model_card(output_dir: Path, step: int, *, library: str = "transformers") ->
         "versions": ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items()),
     }
     table = "\n".join(f"| {name} | {_cell(fact)} |" for name, fact in facts.items() if fact)
-    title = _shown(base["name"]) if base.get("name") else "A Qwen model"
+    title = public_name(base["name"]) if base.get("name") else "A Qwen model"
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n"
         f"# {title}, trained by shardloop\n\n"
@@ -69,10 +69,10 @@ def _last(rows: list[dict[str, Any]], key: str) -> float | None:
 def _named(thing: dict[str, Any]) -> str | None:
     """A model or data set with its commit."""
     name, commit = thing.get("name"), thing.get("commit")
-    return name and _shown(name) + (f" at commit {commit}" if commit else "")
+    return name and public_name(name) + (f" at commit {commit}" if commit else "")
 
 
-def _shown(name: str) -> str:
+def public_name(name: str) -> str:
     """A name as the public may read it: nothing of the folders of the machine."""
     return Path(name).name if name.startswith(("/", "~", ".")) else name
 

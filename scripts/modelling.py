@@ -1,12 +1,14 @@
-"""The model of a run: built sharded and filled, judged before the first step, evaluated, written."""
+"""The model of a run: built sharded and filled, judged before the first step, written."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from data.embedded import check_answer, questions
-from data.mixture import mix
-from data.store import open_packed, pack_store
 from models.build import (
     build_model,
     check_first_loss,
@@ -26,41 +25,41 @@ from models.build import (
     read_model_config,
 )
 from models.causal_lm import PackedCausalLM
+from models.config import LoraConfig, ModelConfig
 from models.context_parallel import check_context_parallel
+from models.errors import ModelError
 from models.export import export_adapter, export_model, staged, write_model_files
-from models.generation import generate_answers
 from models.layers import sparse_layers
 from models.partial import init_adapters
 from models.tensor_parallel import tensor_parallel_plan
-from models.weights import LoadReport, init_weights, load_weights
-from scripts.batching import open_batches, slices
+from models.weights import LoadReport, init_modules, init_weights, load_weights, tensor_files
 from scripts.config import TrainConfig
-from scripts.extensions import own_change, own_evaluations, own_loss
+from scripts.extensions import loss_is_class, own_change, own_loss
 from scripts.job import Job
 from scripts.model_card import model_card
 from scripts.partial import adapter_config, added_tokens, freeze_rest, part_record, trains_part
-from scripts.preparation import (
-    uses_embedded_data,
-)
+from scripts.preparation import prepare_model, read_tokenizer
 from trainer.config import OptimizerConfig, ParallelConfig
-from trainer.distributed import raise_together
+from trainer.distributed import once, raise_together
 from trainer.errors import TrainError
 from trainer.loop import LossFunction, evaluate_loss
 from trainer.loss import causal_lm_loss, routed_causal_lm_loss
 from trainer.optimizer import build_optimizer
-from trainer.parallel import DTYPES, parallelise
+from trainer.parallel import DTYPES, build_mesh, parallelise
 
 
 def build_sharded_model(
-    job: Job, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh
+    job: Job, tokenizer: PreTrainedTokenizerBase, mesh: DeviceMesh, *, frozen: bool = False
 ) -> tuple[PackedCausalLM, LoadReport | None]:
-    """The model on this rank's device: sharded first, then filled from the checkpoint or at random."""
+    """The model on this rank's device: sharded first, then filled from the checkpoint or at random; `frozen` in the type
+    it computes in.
+    """
     config = job.config.model
     folder = Path(job.prepared["model"]) if job.prepared["model"] else None
     random = folder is None or config.init == "random"
     hf_config = read_model_config(config, folder, tokenizer)
     model = sharded_without_weights(
-        job.config, hf_config, added_tokens(job.config, tokenizer), mesh
+        job.config, hf_config, added_tokens(job.config, tokenizer), mesh, frozen=frozen
     )
     # Offloaded parameters live on the host; buffers are where the model computes.
     home = torch.device("cpu") if job.config.parallel.cpu_offload else job.device
@@ -72,22 +71,80 @@ def build_sharded_model(
         init_weights(model, job.config.seed)
         return model, None
     assert folder is not None
-    report = load_weights(model, folder)
+    new = [name for name in model.added_parameters if name not in tensor_files(folder)]
+    init_modules(model, new, job.config.seed)
+    report = load_weights(model, folder, initialised=new)
     init_adapters(model, job.config.seed)
     return model, report
 
 
+def frozen_model(job: Job, config: ModelConfig | None = None) -> PackedCausalLM:
+    """A second model that is not trained, spread over the ranks as the first one is, in the type that computes.
+
+    Every rank calls this, for a loss that compares with a reference or a teacher. It is called as the trained model is,
+    under `torch.no_grad()`; `reshard()` frees the head that a call has gathered.
+
+    Args:
+        job: of the run.
+        config: the model; the run's tokenizer must fit it. Without it, the trained one as it was before its first step.
+
+    Raises:
+        ModelError: there is no such model, or it has no row for a token of the tokenizer.
+    """
+    chosen, prepared = config or job.config.model, job.prepared
+    chosen = replace(chosen, train_last_layers=0, tokenizer=job.prepared["tokenizer"])
+    settings = replace(job.config, model=chosen, lora=LoraConfig())
+    if config is not None:
+        # One rank of a node fetches it, as it does the trained one.
+        prepared = prepared | once(
+            job.ranks,
+            f"model/{config.name or config.path}",
+            lambda: prepare_model(settings, job.cache_dir),
+            shared_folder=job.cache_dir,
+        )
+    tokenizer = read_tokenizer(job.config, job.cache_dir, job.prepared["tokenizer"])
+    mesh = build_mesh(
+        settings.parallel, world_size=job.ranks.world_size, device_type=job.device.type
+    )
+    other = replace(job, config=settings, prepared=prepared)
+    model, _ = build_sharded_model(other, tokenizer, mesh, frozen=True)
+    return model.eval()
+
+
 def sharded_without_weights(
-    config: TrainConfig, hf_config: PreTrainedConfig, tokens: Sequence[int], mesh: DeviceMesh
+    config: TrainConfig,
+    hf_config: PreTrainedConfig,
+    tokens: Sequence[int],
+    mesh: DeviceMesh,
+    *,
+    frozen: bool = False,
 ) -> PackedCausalLM:
-    """The model on the meta device, of which `tokens` are trained beside adapters, sharded over `mesh`."""
+    """The model on the meta device, of which `tokens` are trained beside adapters, sharded over `mesh`.
+
+    Raises:
+        ModelError: its function adds parameters, and adapters or some layers are all that is trained.
+    """
     parallel = config.parallel
     plan = tensor_parallel_plan(hf_config, parallel.tp)
     check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
     model = build_model(hf_config, attention=config.model.attention, seed=None)
     if (change := own_change(config.model)) is not None:
+        # A head that is no longer tied is not new: the checkpoint must have it.
+        known = {*dict(model.hf.named_parameters()), *(model.hf._tied_weights_keys or ())}
         change(model)
-    if trains_part(config):
+        model.added_parameters = tuple(
+            name for name, _ in model.hf.named_parameters() if name not in known
+        )
+        if model.added_parameters and trains_part(config):
+            raise ModelError(
+                f"--model.function {config.model.function} adds {model.added_parameters[0]}, which is not trained "
+                "beside adapters or with --model.train_last_layers: train the whole model"
+            )
+    if frozen:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(DTYPES[parallel.param_dtype])
+    elif trains_part(config):
         freeze_rest(model, config, tokens)
     shard(model, parallel, mesh, plan)
     return model
@@ -123,9 +180,53 @@ def shard(
     )
 
 
+def build_loss(job: Job, model: PackedCausalLM) -> LossFunction:
+    """The loss of a run; one that is a class is made here, by every rank.
+
+    Raises:
+        TrainError: an own loss is over units that the data or the ranks do not have.
+    """
+    loss = training_loss(job.config, model)
+    if loss_is_class(job.config):
+        make: Any = own_loss(job.config)
+        loss = make(job, model)
+        if not callable(loss):
+            raise TrainError(
+                f"--loss {job.config.loss}: what it makes is not called; define __call__"
+            )
+    unit = getattr(loss, "units", "labels")
+    if unit != "labels" and job.config.parallel.cp > 1:
+        raise TrainError(
+            f"--loss {job.config.loss} is over {unit}, of which --parallel.cp gives a rank only slices; use --parallel.cp 1"
+        )
+    return loss
+
+
+def check_units(config: TrainConfig, loss: LossFunction, *, pairs: bool) -> None:
+    """Refuse pairs of answers for a loss that would learn both alike, and a loss of pairs where there are none.
+
+    Raises:
+        TrainError: naming the remedy.
+    """
+    unit = getattr(loss, "units", "labels")
+    if pairs and config.loss is None:
+        raise TrainError(
+            "the data are pairs of answers, and the usual loss would learn the rejected one too; give a loss of pairs, "
+            "such as --loss scripts.examples.dpo.DPO, or choose the answer with --data.transform"
+        )
+    if unit == "pairs" and not pairs:
+        raise TrainError(
+            f"--loss {config.loss} is over pairs of answers, and the data have none; give rows with chosen and rejected "
+            "(--data.format preference)"
+        )
+
+
 def training_loss(config: TrainConfig, model: PackedCausalLM) -> LossFunction:
-    """The user's own; or cross-entropy, and for a mixture of experts also the loss that balances them."""
-    if (own := own_loss(config)) is not None:
+    """The user's own function; or cross-entropy, and for a mixture of experts also the loss that balances them.
+
+    A class takes a whole job to make (`build_loss`): in its place here is the usual loss.
+    """
+    if (own := own_loss(config)) is not None and not loss_is_class(config):
         return own
     hf_config = model.hf.config
     if not sparse_layers(hf_config):
@@ -162,78 +263,6 @@ def judge_first_loss(
     check_first_loss(loss, vocab_size=vocab_size)
     say(f"first loss {loss:.2f}; a guess costs {math.log(vocab_size):.2f}")
     return chain(first, micro_batches)
-
-
-def evaluate_model(
-    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """`eval_loss` on the held-out rows and, where answers can be checked, `exact_match_pct`, and what the user's own evaluations return; {} when the run is told to stop meanwhile.
-
-    Raises:
-        TrainError: an own evaluation returned something else than new names of numbers.
-    """
-    values = _evaluate_held_out(job, model, tokenizer) if job.prepared["evaluation"] else {}
-    for name, function in own_evaluations(job.config).items():
-        if job.stop.agreed():
-            return {}
-        model.eval()
-        with torch.no_grad():
-            found = function(job, model, tokenizer)
-        model.train()
-        model.reshard()  # type: ignore[operator]  # a method of FSDP modules
-        fits = isinstance(found, dict) and all(
-            isinstance(value, (int, float)) for value in found.values()
-        )
-        if not fits or not found.keys().isdisjoint(values):
-            raise TrainError(
-                f"--evaluation.functions {name} returned {found!r:.200}; it must return a dict of numbers, "
-                f"with names of its own{' beside ' + ', '.join(values) if values else ''}"
-            )
-        values |= found
-    return values
-
-
-def _evaluate_held_out(
-    job: Job, model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    config = job.config
-    sources = [
-        pack_store(
-            open_packed(source["packs"]).examples.first(config.evaluation.max_rows),
-            method=config.data.packing,
-            seq_len=config.data.seq_len,
-        )
-        for source in job.prepared["evaluation"]
-    ]
-    batches = slices(job, open_batches(job, mix(sources), tokenizer, training=False))
-    loss = evaluate_loss(
-        model,
-        batches,
-        loss_fn=own_loss(config) or causal_lm_loss,
-        device=job.device,
-        parallel=config.parallel,
-        stop=job.stop,
-    )
-    if job.stop.agreed():
-        return {}
-    values = {"eval_loss": loss}
-    if uses_embedded_data(config) and config.evaluation.generate_rows > 0:
-        asked = questions("test", config.evaluation.generate_rows)
-        answers = generate_answers(
-            model,
-            tokenizer,
-            [prompt for prompt, _ in asked],
-            max_new_tokens=config.evaluation.max_new_tokens,
-            device=job.device,
-            copies=config.parallel.tp,
-        )
-        model.reshard()  # type: ignore[operator]  # a method of FSDP modules
-        right = sum(
-            check_answer(expected, answer)
-            for (_, expected), answer in zip(asked, answers, strict=True)
-        )
-        values["exact_match_pct"] = 100 * right / len(asked)
-    return values
 
 
 def save_model_files(

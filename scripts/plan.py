@@ -3,6 +3,8 @@
 python scripts/plan.py --model.name Qwen/Qwen3-8B --gpus 2 --gpu h100-nvl [the flags of train.py] [--json]
 python scripts/plan.py ... --search recipe.yaml  (the fastest way to train it that fits)
 python scripts/plan.py ... --scale 2,8,64,512      (the same on so many GPUs)
+python scripts/plan.py --matrix [--model.name Qwen/Qwen3-8B]  (which Qwen fits on which machine, trained how)
+python scripts/plan.py ... --calibrate FILE  (with the measurements of scripts/benchmark.py gpu)
 python scripts/plan.py --evaluate CSV     (how far predicted speeds are from published measurements)
 python scripts/plan.py --fit CSV          (fit the constants to them)
 
@@ -16,7 +18,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +58,12 @@ class PlanConfig(TrainConfig):
     scale: str | None = None
     """Print memory and speed of the same run on each of these numbers of GPUs, such as 2,8,64,512."""
 
+    matrix: bool = False
+    """Print which known Qwen, or which methods for the one that is named, fit on 2 H100 NVL, 8 H100, 8 H200 and 64 H100, and how fast they are, as Markdown. Takes minutes for all, one for one."""
+
+    calibrate: str | None = None
+    """Plan with what scripts/benchmark.py gpu measured on such a GPU and wrote to this file (docs/planning.md), instead of published numbers."""
+
     json: bool = False
     """Print everything as JSON and nothing else."""
 
@@ -71,6 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse_run_config(PlanConfig, "plan.py", argv)
         _check(config)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here has nothing to do with it
+        if config.matrix or config.search or config.scale:
+            gc.enable()
+        if config.matrix:
+            return print_matrix(argv, config)
         if config.evaluate is not None:
             return evaluate(Path(config.evaluate))
         if config.fit is not None:
@@ -90,6 +103,9 @@ def _check(config: PlanConfig) -> None:
         raise CommandLineError(
             f"--document_length must be at least 1, got {config.document_length}"
         )
+    others = [n for n in ("matrix", "evaluate", "fit") if getattr(config, n)]
+    if config.calibrate is not None and others:
+        raise CommandLineError(f"--calibrate is of one GPU: leave it out with --{others[0]}")
     if config.scale is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.scale):
         raise CommandLineError(f"--scale takes numbers such as 2,8,64, got {config.scale!r}")
     if not 0 < config.labels_pct <= 100:
@@ -105,7 +121,6 @@ def _check(config: PlanConfig) -> None:
 
 def plan(config: PlanConfig) -> int:
     """Print what the run will take."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here has nothing to do with it
     folder = None if config.model.path is None else Path(config.model.path)
     if config.model.name is not None:
         try:
@@ -120,10 +135,21 @@ def plan(config: PlanConfig) -> int:
                 cache_dir=cache_dir,
                 only_tokenizer=True,
             ).path
-    from scripts.planner.planning import make_plan, planned_model, to_json, to_text
+    from scripts.planner.calibration import read_calibration
+    from scripts.planner.planning import (
+        calibration_lines,
+        make_plan,
+        planned_model,
+        to_json,
+        to_text,
+    )
 
     name, hf_config = planned_model(config, folder)
     gpu = find_gpu(config.gpu)
+    calibration = None
+    if config.calibrate is not None:
+        calibration = read_calibration(Path(config.calibrate), gpu)
+    calibrated = "".join(f"\n{line}" for line in calibration_lines(calibration))
     make = partial(
         make_plan,
         name=name,
@@ -132,6 +158,7 @@ def plan(config: PlanConfig) -> int:
         document_length=config.document_length,
         labels=config.labels_pct / 100,
         tokens=config.tokens,
+        calibration=calibration,
     )
     if config.scale is not None:
         from scripts.planner import scale
@@ -143,7 +170,7 @@ def plan(config: PlanConfig) -> int:
         if config.json:
             print(json.dumps([to_json(made) for made, _ in plans], indent=2))
         else:
-            print(f"{name} on {gpu.name}\n{scale.as_table(plans)}")
+            print(f"{name} on {gpu.name}\n{scale.as_table(plans)}{calibrated}")
         return 0
     make = partial(make, gpus=config.gpus)
     if config.search is not None:
@@ -157,11 +184,41 @@ def plan(config: PlanConfig) -> int:
             )
         Path(config.search).write_text(recipe(found[0].config), encoding="utf-8")
         print(
-            f"{as_table(found)}\nthe first is in {config.search}: train.py --config {config.search}"
+            f"{as_table(found)}{calibrated}\n"
+            f"the first is in {config.search}: train.py --config {config.search}"
         )
         return 0
     made = make(config)
-    print(json.dumps(to_json(made), indent=2) if config.json else to_text(made))
+    print(json.dumps(to_json(made), indent=2) if config.json else to_text(made) + calibrated)
+    return 0
+
+
+def print_matrix(argv: list[str] | None, config: PlanConfig) -> int:
+    """Print what fits where, of the model that is named or of all."""
+    from scripts.planner.matrix import MODELS, as_markdown, matrix
+
+    models = MODELS
+    if config.model.path is not None:
+        raise CommandLineError("--matrix is of models that are known by name: give --model.name")
+    if config.model.name is None:  # without the settings of the built-in model
+        given = sys.argv[1:] if argv is None else argv
+        config = parse_run_config(PlanConfig, "plan.py", [*given, "--model.name", MODELS[0]])
+    else:
+        try:
+            find_model(config.model.name)
+        except KeyError:
+            known = ", ".join(model.rpartition("/")[2] for model in MODELS)
+            raise CommandLineError(
+                f"--matrix does not know {config.model.name}; there are {known}"
+            ) from None
+        models = (config.model.name,)
+    common = TrainConfig(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)})
+    cells = matrix(common, models)
+    print(
+        json.dumps([asdict(cell) for cell in cells], indent=2)
+        if config.json
+        else as_markdown(cells)
+    )
     return 0
 
 
@@ -199,8 +256,8 @@ def evaluate(file: Path) -> int:
 
 def fit(file: Path) -> int:
     """Fit the constants and keep them."""
+    from scripts.planner.constants import fitted_constants, keep_constants
     from scripts.planner.published import read_points, refit
-    from scripts.planner.speed import fitted_constants, keep_constants
 
     points, _ = read_points(file)
     before = fitted_constants()

@@ -109,7 +109,6 @@ def find_faults_of_run(config: TrainConfig, cache_dir: Path) -> list[str]:
 
 
 def _model_faults(config: TrainConfig, cache_dir: Path) -> list[str]:
-    from data.embedded import build_tokenizer
     from models.hub import check_snapshot
     from scripts.preparation import embedded_tokenizer_folder
 
@@ -125,7 +124,7 @@ def _model_faults(config: TrainConfig, cache_dir: Path) -> list[str]:
     if chosen.tokenizer is not None and not Path(chosen.tokenizer).is_dir():
         faults += check_snapshot(chosen.tokenizer, "model", None, cache_dir, only_tokenizer=True)
     if chosen.name is None and chosen.path is None and chosen.tokenizer is None:
-        folder = embedded_tokenizer_folder(build_tokenizer(), cache_dir)
+        folder = embedded_tokenizer_folder(cache_dir)
         if not (folder / "tokenizer.json").is_file():
             faults.append(f"{folder}: the embedded tokenizer is missing; run prefetch.py")
     return faults

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from data.config import DataConfig, source_configs
-from data.embedded import build_tokenizer
+from data.embedded import build_tokenizer, tokenizer_recipe
 from data.errors import DataError
 from data.limits import TEMPLATE_GIB, bounded
 from data.mixture import Mixture, mix
@@ -247,19 +246,17 @@ def say_fetching(name: str, cache_dir: Path) -> None:
         print(printable(f"fetching {name} to {cache_dir}"), file=sys.stderr, flush=True)
 
 
-def embedded_tokenizer_folder(tokenizer: PreTrainedTokenizerBase, cache_dir: Path) -> Path:
-    """Where the embedded tokenizer is, or will be: its name is its digest."""
-    content = tokenizer.backend_tokenizer.to_str()
-    return cache_dir / "embedded-tokenizer" / hashlib.sha256(content.encode()).hexdigest()[:16]
+def embedded_tokenizer_folder(cache_dir: Path) -> Path:
+    """Where the embedded tokenizer is, or will be: named by the digest of how it is built."""
+    return cache_dir / "embedded-tokenizer" / tokenizer_recipe()
 
 
 def embedded_tokenizer(cache_dir: Path) -> Path:
-    """Folder of the embedded tokenizer, written once and never half."""
-    tokenizer = build_tokenizer()
-    folder = embedded_tokenizer_folder(tokenizer, cache_dir)
+    """Folder of the embedded tokenizer, built and written once and never half."""
+    folder = embedded_tokenizer_folder(cache_dir)
     if not folder.exists():
         staging = folder.with_name(f".{folder.name}-{os.uname().nodename}-{os.getpid()}")
-        tokenizer.save_pretrained(staging)
+        build_tokenizer(staging)
         try:
             staging.rename(folder)
         except OSError:  # another run was first

@@ -196,6 +196,8 @@ def write_run_files(
     mesh: DeviceMesh,
     weights: LoadReport | None,
     mixture: Mixture | None,
+    *,
+    steps: int,
 ) -> str | None:
     """Write config.yaml and run.json; returns the error line if that fails."""
     trained, parameters = parameter_counts(model)
@@ -216,6 +218,7 @@ def write_run_files(
             "trained_parameters": trained,
         },
         "data": {"sources": _sources_of_run(job, mixture)},
+        "steps": steps,
         "world_size": job.ranks.world_size,
         "device": device_name(job.device),
         "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
@@ -230,6 +233,18 @@ def write_run_files(
         "seed": job.config.seed,
     }
     return _write(job, {"config.yaml": to_yaml(job.config), "run.json": _to_json(run)})
+
+
+def description(job: Job, mixture: Mixture | None) -> tuple[dict[str, str], dict[str, Any]]:
+    """For TensorBoard: texts by their names, and the lengths [examples] of each source's examples."""
+    texts, lengths = {"config": to_yaml(job.config)}, {}
+    for number, source in enumerate(mixture.sources if mixture else (), 1):
+        name = source.documents.meta["source"]
+        texts[f"ledger/{number}"] = ledger_table(
+            name, source.ledger, seq_len=job.config.data.seq_len
+        )
+        lengths[str(number)] = source.examples.lengths
+    return texts, lengths
 
 
 def _sources_of_run(job: Job, mixture: Mixture | None) -> list[dict[str, Any]]:

@@ -51,7 +51,9 @@ def lasting_settings(
             part["name"] = source_of(part["name"])
     settings = {
         **order_of_samples(job, mixture, tokenizer),
-        "loss": source_of(config.loss),
+        "loss": {"function": source_of(config.loss), **config.loss_options}
+        if config.loss_options
+        else source_of(config.loss),
         "model": {
             "function": source_of(config.model.function),
             "name": config.model.name,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
+from data.formats import DOCUMENTS_OF_A_ROW
 from data.loader import PackedBatches
 from data.mixture import Mixture
 from data.streaming import StreamedBatches
@@ -34,16 +36,17 @@ from scripts.batching import (
 from scripts.command_line import printable_lines
 from scripts.config import TrainConfig, output_folder
 from scripts.dry_run import plan_table, prove_checkpoint, summary, temporary_output
+from scripts.evaluating import Evaluation, evaluate_model
 from scripts.extensions import check_extensions
 from scripts.job import Job
 from scripts.modelling import (
+    build_loss,
     build_sharded_model,
-    evaluate_model,
+    check_units,
     export,
     judge_first_loss,
     optimizer_of,
     save_model_files,
-    training_loss,
 )
 from scripts.partial import flops_of_part, part_record, trains_part
 from scripts.planned import (
@@ -59,7 +62,9 @@ from scripts.preparation import (
     prepare,
     read_tokenizer,
 )
+from scripts.report import write_report
 from scripts.resuming import lasting_settings, next_batches, open_mirror, resume
+from scripts.trackers import tracking
 from trainer.checkpoint import Checkpointer
 from trainer.crashes import Attempt
 from trainer.distributed import Ranks, max_over_ranks, once, raise_together, start
@@ -73,8 +78,8 @@ from trainer.hardware import (
     seed_generators,
     use_flash_attention,
 )
-from trainer.loop import Progress, Speedometer, train
-from trainer.metrics import MetricsWriter
+from trainer.loop import LossFunction, Progress, Speedometer, train
+from trainer.metrics import MetricsWriter, Tracker
 from trainer.optimizer import learning_rates, state_bytes
 from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
@@ -109,7 +114,7 @@ def run(
     )
     use_flash_attention(config.model.flash_attention, device_type)
     data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
-    micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
+    batch_sizes(config, data.size)  # what does not divide is said before anything is fetched
     pinned = pin_revisions(config, output_dir)
     with ExitStack() as at_end:
 
@@ -122,25 +127,48 @@ def run(
         prepared = once(ranks, "prepare", prepare_alone, shared_folder=cache_dir)
         device = start(ranks, device_type, timeout_seconds=config.guards.collective_timeout_seconds)
         at_end.callback(dist.destroy_process_group)
-        job = Job(
-            config=config,
-            cache_dir=cache_dir,
-            output_dir=output_dir,
-            ranks=ranks,
-            data_rank=data,
-            stop=stop,
-            attempt=attempt,
-            device=device,
-            micro_batch_size=micro_batch_size,
-            global_batch_size=global_batch_size,
-            grad_accum_steps=grad_accum_steps,
-            prepared=prepared,
+        job = new_job(
+            config, cache_dir, ranks, device, prepared, output_dir, stop=stop, attempt=attempt
         )
         if config.dry_run:
             folder = at_end.enter_context(temporary_output(ranks, output_dir))
             job = replace(job, output_dir=folder)
         with explained(job):
             return _run(job, at_end)
+
+
+def new_job(
+    config: TrainConfig,
+    cache_dir: Path,
+    ranks: Ranks,
+    device: torch.device,
+    prepared: dict[str, Any],
+    output_dir: Path,
+    *,
+    stop: StopRequest | None = None,
+    attempt: Attempt | None = None,
+) -> Job:
+    """A job, with its batch sizes and this rank's part of the data; without `stop` no signal is answered.
+
+    Raises:
+        TrainError: sizes that do not divide.
+    """
+    data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
+    micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
+    return Job(
+        config=config,
+        cache_dir=cache_dir,
+        output_dir=output_dir,
+        ranks=ranks,
+        data_rank=data,
+        stop=stop or StopRequest(),
+        attempt=attempt or Attempt(None, ""),
+        device=device,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        grad_accum_steps=grad_accum_steps,
+        prepared=prepared,
+    )
 
 
 @dataclass(frozen=True)
@@ -155,6 +183,7 @@ class Pieces:
     model: PackedCausalLM
     weights: LoadReport | None
     """None for random weights."""
+    loss: LossFunction
     optimizer: torch.optim.Optimizer
     checkpointer: Checkpointer
     settings: dict[str, Any]
@@ -187,7 +216,13 @@ def _run(job: Job, at_end: ExitStack) -> int:
         compiled=config.parallel.compile,
     )
     peak, peak_origin = peak_flops(job.device, DTYPES[config.parallel.param_dtype])
-    finished, before, after = train_steps(job, run, goodput, say, peak)
+    trackers: list[Tracker] = []
+    if ranks.is_first and not config.dry_run:
+        # Until everything is written: they take the report too.
+        trackers = at_end.enter_context(
+            tracking(config, job.output_dir, stopped=lambda: job.stop.signal is not None)
+        )
+    finished, before, after = train_steps(job, run, goodput, say, peak, trackers)
     if isinstance(run.batches, StreamedBatches):
         ledger = total_ledger(job, run.batches)
         raise_together(reporting.record_stream(job, ledger) if ranks.is_first else None)
@@ -197,6 +232,7 @@ def _run(job: Job, at_end: ExitStack) -> int:
         goodput.write(ended=True)
         if ranks.is_first:
             mark_preempted(job.output_dir, signal.Signals(number), run.progress.step)
+            report(job)
         say(reporting.stopped(job, number, run.progress.step))
         return 128 + number
 
@@ -220,6 +256,8 @@ def _run(job: Job, at_end: ExitStack) -> int:
         prove_checkpoint(run.checkpointer, run.model, run.optimizer)
         say(summary(job.output_dir) if ranks.is_first else "")
         return 0
+    if ranks.is_first:
+        report(job)
     say(goodput_table(totals))
     if compared:
         say(comparison_table(compared))
@@ -237,6 +275,13 @@ def assemble(job: Job, at_end: ExitStack) -> Pieces:
     steps = config.steps or math.ceil(rows * config.epochs / job.global_batch_size)
     mesh = build_mesh(config.parallel, world_size=ranks.world_size, device_type=job.device.type)
     model, weights = build_sharded_model(job, tokenizer, mesh)
+    loss = build_loss(job, model)
+    pairs = (
+        mixture.sources[0].documents.group > 1
+        if mixture is not None
+        else job.prepared["stream"]["format"] in DOCUMENTS_OF_A_ROW
+    )
+    check_units(config, loss, pairs=pairs)
     # What a model draws while training differs by rank, but not on ranks that compute together.
     seed_generators(config.seed + ranks.rank // config.parallel.tp)
     optimizer = optimizer_of(model, config.optimizer)
@@ -259,6 +304,7 @@ def assemble(job: Job, at_end: ExitStack) -> Pieces:
         mesh=mesh,
         model=model,
         weights=weights,
+        loss=loss,
         optimizer=optimizer,
         checkpointer=checkpointer,
         settings=settings,
@@ -280,7 +326,9 @@ def _announce(job: Job, run: Pieces, say: Say) -> None:
     if step >= run.steps:
         say(f"nothing to train: {job.output_dir} is already at step {step} of {run.steps}")
     raise_together(
-        reporting.write_run_files(job, run.model, run.mesh, run.weights, run.mixture)
+        reporting.write_run_files(
+            job, run.model, run.mesh, run.weights, run.mixture, steps=run.steps
+        )
         if is_first
         else None
     )
@@ -288,7 +336,12 @@ def _announce(job: Job, run: Pieces, say: Say) -> None:
 
 
 def train_steps(
-    job: Job, run: Pieces, goodput: Goodput, say: Say, peak: float | None
+    job: Job,
+    run: Pieces,
+    goodput: Goodput,
+    say: Say,
+    peak: float | None,
+    trackers: Sequence[Tracker] = (),
 ) -> tuple[bool, dict[str, float], dict[str, float]]:
     """The loop with everything it calls.
 
@@ -305,7 +358,12 @@ def train_steps(
     after: dict[str, float] = {}
     with (
         MetricsWriter(
-            job.output_dir, config.log, is_first=ranks.is_first, steps=steps, step=progress.step
+            job.output_dir,
+            config.log,
+            is_first=ranks.is_first,
+            steps=steps,
+            step=progress.step,
+            trackers=trackers,
         ) as writer,
         Watchdog(config.guards.hang_seconds, job.output_dir, job.attempt) as watchdog,
         StepProfiler(
@@ -319,10 +377,12 @@ def train_steps(
 
         def evaluate(step: int) -> dict[str, float]:
             with goodput.measure("evaluation"):
-                values = {} if config.dry_run else evaluate_model(job, model, run.tokenizer)
-            if values:
-                writer.write({"step": step, **values})
-            return values
+                found = Evaluation()
+                if not config.dry_run:
+                    found = evaluate_model(job, model, run.tokenizer, run.loss)
+            if found.numbers:
+                writer.write({"step": step, **found.numbers}, found.samples)
+            return found.numbers
 
         def save(now: Progress) -> None:
             with goodput.measure("checkpoint"):
@@ -334,6 +394,8 @@ def train_steps(
             profiler.advance(step)
             goodput.step(step, seconds, data_wait_seconds)
 
+        if ranks.is_first:
+            writer.describe(*reporting.description(job, run.mixture))
         if progress.step == 0:
             before = evaluate(0)
         if progress.step >= steps and was_preempted:  # maybe before its last evaluation
@@ -343,7 +405,7 @@ def train_steps(
             model,
             run.optimizer,
             micro_batches,
-            loss_fn=training_loss(config, model),
+            loss_fn=run.loss,
             learning_rate=learning_rates(
                 config.schedule, steps=steps, peak=config.optimizer.learning_rate
             ),
@@ -379,6 +441,12 @@ def train_steps(
             parallel=config.parallel,
         )
     return finished, before, after
+
+
+def report(job: Job) -> None:
+    """Write the page of the run, or warn that it could not be written."""
+    if error := write_report(job.output_dir):
+        print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def save_checkpoint(job: Job, run: Pieces, now: Progress, say: Say) -> None:

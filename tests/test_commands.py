@@ -8,6 +8,7 @@ add its script to SCRIPTS, or its program to PROGRAMS.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -68,7 +69,9 @@ class Reader:
         for place in ("cache", "data-disk/cache", "local-disk/cache", "shared-disk/cache"):
             (folder / place).parent.mkdir(exist_ok=True)
             (folder / place).symlink_to(self.cache_dir)
-        write_chat(folder / "chat.jsonl", count=20)
+        for name in ("chat.jsonl", "code.jsonl"):
+            write_chat(folder / name, count=20)
+        self.of_examples()
         write_chat(folder / "corpus" / "train.jsonl", count=20)
         write_chat(folder / "bucket" / "set" / "train.jsonl", count=20)
         (folder / "job.yaml").write_text("model:\n  name: Qwen/Qwen3-8B\ndata:\n  name: org/chat\n")
@@ -79,6 +82,18 @@ class Reader:
         (folder / "my_project" / "losses.py").write_text(
             code.replace("z_loss", "focal_loss"), encoding="utf-8"
         )
+
+    def of_examples(self) -> None:
+        """What the pages of docs/examples name: articles, texts to watch, and the model that `make demo` trains."""
+        body = (
+            "Words of an article that has more than twenty of them, so that it is long enough. " * 2
+        )
+        rows = [{"title": f"Day {number}", "body": body} for number in range(20)]
+        for name, lines in (("articles", rows), ("texts/new", [{"text": body}])):
+            file = self.folder / f"{name}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        write_model(self.folder / "outputs" / "demo" / "export")
 
     # --------------------------------------------------------------------------------- our scripts
 
@@ -98,7 +113,7 @@ class Reader:
             name = script.removeprefix("scripts/")
         else:
             words = words[words.index(script) + 1 :]
-            if not words and name not in ("train.py", "what_fits.py"):
+            if not words and name != "train.py":
                 return self.help(name)  # the script is named, and its flags are elsewhere
         assert name in SCRIPTS, f"{command.page}: {command.text}: add a rule for it to SCRIPTS"
         ranks = self.ranks(launcher)
@@ -200,10 +215,12 @@ def generate(reader: Reader, call: Call) -> None:
 
 
 def plan(reader: Reader, call: Call) -> None:
-    """It is read; what it prints without a model takes no time. (--fit would write constants of the repository.)"""
+    """It is read; what it prints without a model takes no time. (--fit would write constants of the repository, and
+    --matrix takes minutes.)
+    """
     words = ["published.csv" if word == "CSV" else word for word in call.words]
     config = parse_run_config(PlanConfig, call.script, words)
-    if config.fit is None and (reader.literally or config.model.name is None):
+    if config.fit is None and not config.matrix and (reader.literally or config.model.name is None):
         assert reader.run(call)
 
 
@@ -231,7 +248,7 @@ SCRIPTS: dict[str, Callable[[Reader, Call], None]] = {
     "generate.py": generate,
     "doctor.py": with_flags(),
     "plan.py": plan,
-    "what_fits.py": with_flags(),
+    "report.py": with_flags(),
     "verify.py": with_flags("--only=[tied]"),
     "benchmark.py": flags_only,
     "chaos.py": flags_only,
@@ -300,6 +317,10 @@ def lm_eval(reader: Reader, command: Command) -> None:
     )
 
 
+def tensorboard(reader: Reader, command: Command) -> None:
+    assert command.words[1] == "--logdir"
+
+
 PROGRAMS: dict[str, Callable[[Reader, Command], None]] = {
     "python": Reader.script,
     "torchrun": Reader.script,
@@ -309,6 +330,7 @@ PROGRAMS: dict[str, Callable[[Reader, Command], None]] = {
     "sbatch": slurm,
     "sky": sky,
     "lm_eval": lm_eval,
+    "tensorboard": tensorboard,
 }
 """Program -> what is done with a command of it."""
 

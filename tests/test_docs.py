@@ -13,11 +13,12 @@ from tests.support.command import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+EXAMPLES = sorted(DOCS.glob("examples/*.md"))
 # What programs beside ours take.
 _FLAGS_OF_OTHERS = {
     "--nproc_per_node", "--nnodes", "--node_rank", "--rdzv", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint",
     "--master_addr", "--master_port", "--name", "--type", "--size", "--min", "--max", "--set", "--signal", "--shutdown",
-    "--per_device_train_batch_size", "--local_addr",
+    "--per_device_train_batch_size", "--local_addr", "--logdir",
     # Groups of ours.
     "--parallel", "--lora", "--optimizer", "--model",
 }  # fmt: skip
@@ -29,7 +30,7 @@ def test_the_index_has_every_page_once() -> None:
     assert sorted(listed) == [page.name for page in PAGES if page.name != "README.md"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLES], ids=lambda page: page.name)
 def test_files_that_are_linked_to_exist(page) -> None:
     links = re.findall(r"\]\((?!http)([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
@@ -42,13 +43,19 @@ def test_names_of_other_trainers_are_answered_as_the_page_says() -> None:
     assert [row for row in rows if FOREIGN_NAMES.get(row[0]) != row[1]] == []
 
 
-@pytest.mark.parametrize("name", ["migration", "doctor", "launch", "recipes", "troubleshooting"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("migration", "doctor", "launch", "recipes", "troubleshooting", "watching"),
+        *(f"examples/{page.stem}" for page in EXAMPLES),
+    ],
+)
 def test_our_flags_are_declared(name: str) -> None:
     known = {
         option
         for action in build_parser(DoctorConfig, "doctor.py")._actions
         for option in action.option_strings
-    } | {"--check"}
+    } | {"--check", "--step"}
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"(?<![\w-])--[a-z_]+(?:\.[a-z0-9_]+)*", text))
     assert shown - known - _FLAGS_OF_OTHERS == set()

@@ -171,11 +171,11 @@ class EvaluationConfig:
     functions: tuple[str, ...] = ()
     """Own evaluations, as a list of package.function; each is a function of (job, model, tokenizer) that returns numbers to log (docs/extend.md)."""
 
-    generate_rows: int = 128
-    """Held-out questions the model answers by greedy decoding for exact match; 0 generates nothing."""
+    generate_rows: int | None = None
+    """Held-out prompts the model answers by greedy decoding at every evaluation, for exact match; 0 generates nothing; default: 128 of the embedded data, and of other data 4 to read, without exact match."""
 
     max_new_tokens: int = 48
-    """Tokens an answer may have."""
+    """Tokens an answer may have; a longer one, and what it is compared with, is cut there."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,12 @@ class LogConfig:
 
     tensorboard: bool = True
     """Write TensorBoard events to OUTPUT_DIR/tensorboard."""
+
+    wandb: bool = False
+    """Send metrics, samples and configuration to Weights & Biases (the extra [wandb]), set up by its own variables: WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE."""
+
+    mlflow: bool = False
+    """Send them to MLflow (the extra [mlflow]) at MLFLOW_TRACKING_URI, which an Azure ML job has set."""
 
     progress: bool = True
     """Show a progress bar on rank 0."""

@@ -95,17 +95,26 @@ class Goodput:
 
     def totals(self) -> dict[str, float]:
         """`KIND_seconds` over all attempts, `restarts`, and `goodput_pct`: the share that was productive."""
-        lines: list[dict[str, Any]] = [*self._earlier, dict(self._seconds)]
-        sums = {kind: sum(line[kind] for line in lines) for kind in KINDS}
-        total = sum(sums.values())
-        return {
-            **{f"{kind}_seconds": round(seconds, 3) for kind, seconds in sums.items()},
-            "restarts": sum(not line["ended"] for line in self._earlier),
-            "goodput_pct": round(100 * sums["productive"] / total, 2) if total else 0.0,
-        }
+        return _totals([*self._earlier, {**self._seconds, "ended": True}])
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._began
+
+
+def read_goodput(folder: Path) -> dict[str, float]:
+    """`Goodput.totals` of the run in `folder`, also of one that did not come to its end; {} where it has no goodput.jsonl."""
+    lines = _last_lines(folder / FILE)
+    return _totals(lines) if lines else {}
+
+
+def _totals(attempts: list[dict[str, Any]]) -> dict[str, float]:
+    sums = {kind: sum(line[kind] for line in attempts) for kind in KINDS}
+    total = sum(sums.values())
+    return {
+        **{f"{kind}_seconds": round(seconds, 3) for kind, seconds in sums.items()},
+        "restarts": sum(not line["ended"] for line in attempts[:-1]),
+        "goodput_pct": round(100 * sums["productive"] / total, 2) if total else 0.0,
+    }
 
 
 def goodput_table(totals: dict[str, float]) -> str:

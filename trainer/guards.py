@@ -92,10 +92,10 @@ class Guards:
         """
         step = self._attempt.step
         self._samples[step] = [
-            int(sample)
+            sample
             for batch in micro_batches
             if "sample_index" in batch
-            for sample in batch["sample_index"]
+            for sample in batch["sample_index"].tolist()
         ]
         if math.isfinite(grad_norm):
             self.skipped = 0

@@ -15,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.distributed import max_over_ranks, sum_over_ranks
+from trainer.documents import documents
+from trainer.errors import TrainError
 from trainer.guards import Guards
 from trainer.hardware import peak_memory_gib
 from trainer.optimizer import clip_gradients, rounding_metrics, set_learning_rate
@@ -23,7 +25,9 @@ from trainer.preemption import StopRequest
 
 Batch = Mapping[str, Tensor]
 DATA_PARALLEL = ParallelConfig()
-LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, Mapping[str, Any]]]
+UNITS = ("labels", "documents", "pairs")
+"""What a loss may be a sum over; its attribute `units` says which, `labels` if it has none."""
 
 
 @dataclass
@@ -78,8 +82,8 @@ def train(
         optimizer: over the model's parameters; its learning rate is set before every step.
         batches: this rank's micro-batches from `progress.samples` on. Each has, beside what the loss needs,
             `counts` [4] int64 on the host: real tokens, padding tokens, valid labels, squared document lengths.
-        loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the valid labels of this rank's tokens; see
-            `Window.add` for the metrics.
+        loss_fn: `loss_fn(model, batch) -> (loss_sum, metrics)`, summed over the valid labels of this rank's tokens, or
+            over its `units`; see `Window.add` for the metrics.
         learning_rate: pure function of the step.
         optimizer_config: clipping.
         progress: advanced in place.
@@ -116,17 +120,17 @@ def train(
         micro_batches = [next(batches) for _ in range(grad_accum_steps)]
         window.end_data_wait()
         counts = torch.stack([batch["counts"] for batch in micro_batches]).sum(0).tolist()
-        *counts, stop_votes = sum_over_ranks(
-            [*counts, stop.signal is not None], copies=parallel.cp * parallel.tp
+        units = sum(units_of(loss_fn, batch) for batch in micro_batches)
+        *counts, units, stop_votes = sum_over_ranks(
+            [*counts, units, stop.signal is not None], copies=parallel.cp * parallel.tp
         )
-        valid_tokens = counts[2]
 
         for index, batch in enumerate(micro_batches):
             set_gradient_sync(model, last=index == grad_accum_steps - 1, config=parallel)
             loss_sum, metrics = loss_fn(model, to_device(batch, device))
             # FSDP averages gradients over all axes but tp; times their size makes that the sum over ranks, and the
             # global count makes it the mean over every valid token of the step, wherever it lies.
-            scale = dist.get_world_size() / parallel.tp / max(valid_tokens, 1)
+            scale = dist.get_world_size() / parallel.tp / max(units, 1)
             (loss_sum * scale).backward()
             window.add({"loss": loss_sum, **metrics})
 
@@ -136,7 +140,7 @@ def train(
             optimizer.step()
         optimizer.zero_grad()
         progress.step, progress.samples = step, progress.samples + global_batch_size
-        seconds, data_wait_seconds = window.end_step(counts)
+        seconds, data_wait_seconds = window.end_step(counts, units)
         advance(step, seconds, data_wait_seconds)
         guards.end_step(progress.samples, data_wait_seconds)
 
@@ -169,12 +173,26 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def units_of(loss_fn: LossFunction, batch: Batch) -> int:
+    """How many units a loss sums over in a batch on the host: its valid labels, its documents or pairs of them.
+
+    Raises:
+        TrainError: the loss names another unit.
+    """
+    unit = getattr(loss_fn, "units", "labels")
+    if unit not in UNITS:
+        raise TrainError(f"the loss has the units {unit!r}; they must be one of {', '.join(UNITS)}")
+    if unit == "labels":
+        return int(batch["counts"][2])
+    return int(documents(batch).exists.sum()) // (2 if unit == "pairs" else 1)
+
+
 class Window:
     """Sums over the steps since the last logged row. Nothing here waits for the device until `row`.
 
     Attributes:
         step_loss: this rank's loss of the step that is under way, on the device.
-        losses: of each step, the mean over its valid tokens on all ranks; known after `row`.
+        losses: of each step, the mean over its valid tokens (the units of the loss) on all ranks; known after `row`.
     """
 
     def __init__(self, speedometer: Speedometer, *, loss_copies: int) -> None:
@@ -182,8 +200,9 @@ class Window:
         self._loss_copies = loss_copies
         self.step_loss, self.losses = torch.zeros(()), list[float]()
         self._sums: dict[str, Tensor] = {}
+        self._ratios: set[str] = set()
         self._step_losses: list[Tensor] = []
-        self._valid_tokens: list[float] = []
+        self._units: list[float] = []
         self._counts = [0.0] * 4
         self._steps = 0
         self._seconds = self._data_wait_seconds = 0.0
@@ -195,25 +214,29 @@ class Window:
     def end_data_wait(self) -> None:
         self._data_wait = time.perf_counter() - self._began
 
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
+    def add(self, metrics: Mapping[str, Any]) -> None:
         """Take sums over a micro-batch of this rank; the same names come from every rank, in the same order.
 
         Args:
-            metrics: on the device. A scalar is a sum over valid tokens, logged as its mean; counts [..., bins]
+            metrics: on the device. A scalar is a sum over the units of the loss (valid tokens), logged as its mean; a
+                tuple of two scalars is logged as the sum of the first over that of the second; counts [..., bins]
                 are logged by how unevenly they fall on the bins (`unevenness`). What is named `loss` is logged
                 as the loss, in place of the sum that is differentiated.
         """
         for name, value in metrics.items():
+            if isinstance(value, tuple):
+                self._ratios.add(name)
+                value = torch.stack([part.double() for part in value])
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             if name == "loss":
                 self.step_loss = value + self.step_loss
 
-    def end_step(self, counts: Sequence[float]) -> tuple[float, float]:
+    def end_step(self, counts: Sequence[float], units: float) -> tuple[float, float]:
         """Take the step's counts over all ranks; returns its seconds, and those spent waiting for data."""
         seconds = time.perf_counter() - self._began
         self._step_losses.append(self.step_loss)
-        self._valid_tokens.append(counts[2])
+        self._units.append(units)
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         self._steps += 1
         self._seconds += seconds
@@ -221,14 +244,14 @@ class Window:
         return seconds, self._data_wait
 
     def row(self, device: torch.device) -> dict[str, Any]:
-        """Means and sums over all ranks and the steps of the window; `loss` is the mean over all valid tokens."""
+        """Means and sums over all ranks and the steps of the window; `loss` is the mean over all units."""
         losses = torch.stack(self._step_losses)
         sums = torch.cat([losses, *(value.flatten() for value in self._sums.values())])
         totals = torch.tensor(
             sum_over_ranks(sums.tolist(), copies=self._loss_copies), dtype=torch.float64
         )
         losses, totals = totals[: len(losses)], totals[len(losses) :]
-        self.losses = (losses / torch.tensor(self._valid_tokens).clamp(min=1)).tolist()
+        self.losses = (losses / torch.tensor(self._units).clamp(min=1)).tolist()
         # Steps end together, so the slowest rank's clock is the run's.
         seconds, data_wait, memory = max_over_ranks(
             [self._seconds, self._data_wait_seconds, peak_memory_gib(device)]
@@ -236,11 +259,13 @@ class Window:
         tokens, padding_tokens, valid_tokens, squared_lengths = self._counts
         flops = self._speedometer.flops(tokens, valid_tokens, squared_lengths)
         peak = self._speedometer.peak_flops
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float | None] = {}
         sizes = [value.numel() for value in self._sums.values()]
         for (name, value), total in zip(self._sums.items(), totals.split(sizes), strict=True):
-            if value.ndim == 0:
-                metrics[name] = float(total) / max(valid_tokens, 1)
+            if name in self._ratios:
+                metrics[name] = float(total[0] / total[1]) if total[1] else None
+            elif value.ndim == 0:
+                metrics[name] = float(total) / max(sum(self._units), 1)
             else:
                 metrics |= unevenness(name, total.view(value.shape))
         return {
@@ -280,23 +305,23 @@ def evaluate_loss(
     parallel: ParallelConfig = DATA_PARALLEL,
     stop: StopRequest | None = None,
 ) -> float:
-    """Mean loss per valid token over all batches of all ranks; the same for any number of ranks.
+    """Mean loss per valid token, or unit of the loss, over all batches of all ranks; the same for any number of ranks.
 
     Every rank must bring the same number of batches; one with nothing left brings padding. Of `parallel`, see `train`.
     When `stop` is requested meanwhile it ends early, and the value means nothing.
     """
     was_training = model.training
     model.eval()
-    loss, valid = torch.zeros((), dtype=torch.float64), 0
+    loss, units = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
         loss_sum, metrics = loss_fn(model, to_device(batch, device))
         loss += metrics.get("loss", loss_sum).double().cpu()
-        valid += int(batch["counts"][2])
+        units += units_of(loss_fn, batch)
         if stop is not None and stop.agreed():
             break
     model.train(was_training)
     if isinstance(model, FSDPModule):
         model.reshard()  # without a backward nobody frees the root's gathered parameters
     (loss_sum,) = sum_over_ranks([float(loss)], copies=parallel.tp)
-    (valid_tokens,) = sum_over_ranks([valid], copies=parallel.cp * parallel.tp)
-    return loss_sum / max(valid_tokens, 1)
+    (units,) = sum_over_ranks([units], copies=parallel.cp * parallel.tp)
+    return loss_sum / max(units, 1)

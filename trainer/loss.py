@@ -1,7 +1,7 @@
 """Losses: `loss_fn(model, batch) -> (loss_sum, metrics)`, a *sum* over valid tokens, and what to log beside it.
 
 The loop divides by the number of valid tokens of the whole step, over all ranks and micro-batches; a mean taken here
-would weight a short row like a long one. What metrics may be: docs/metrics.md.
+would weight a short row like a long one. A loss with the attribute `units` is divided by those (trainer/loop.py). What metrics may be: docs/metrics.md.
 
 Shapes: B rows, S tokens a row, D model width, V vocabulary, N valid tokens.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.hardware import has_bf16_units
@@ -153,6 +154,78 @@ def linear_cross_entropy_sum(
         hidden, weight, targets, torch.is_grad_enabled(), z_loss, label_smoothing
     )
     return objective, cross_entropy
+
+
+def map_logits(
+    function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, *columns: Tensor
+) -> Tensor:
+    """`function(hidden @ weight.T, *columns)`, token by token, without ever holding all logits: for losses of your own.
+
+    Logits are made chunk by chunk, and once more in backward: a fourth matrix product where `linear_cross_entropy_sum`
+    takes three. The gradient of the weight is accumulated in fp32.
+
+    Args:
+        function: of logits [n, V] in fp32 and the same tokens of each column; returns a value for each token, [n], or
+            several, [n, K]. What else it uses gets no gradient.
+        hidden: [N, D].
+        weight: [V, D].
+        columns: [N, ...] each, such as the targets.
+
+    Returns:
+        [N] or [N, K].
+    """
+    dtype = _product_dtype(hidden)
+    return _MapLogits.apply(function, hidden.to(dtype), weight.to(dtype), *columns)
+
+
+def log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    """[n]: the logarithm of the probability of each target; a function for `map_logits`."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+class _MapLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, *columns: Tensor
+    ) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(hidden, weight, *columns)
+        return torch.cat(
+            [
+                function(_fresh_logits(hidden[rows], weight), *(c[rows] for c in columns))
+                for rows in _chunks(hidden, weight)
+            ]
+        )
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        hidden, weight, *columns = ctx.saved_tensors
+        hidden_needs, weight_needs = ctx.needs_input_grad[1:3]
+        hidden_grad = torch.empty_like(hidden) if hidden_needs else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs else None
+        for rows in _chunks(hidden, weight):
+            logits = _fresh_logits(hidden[rows], weight).requires_grad_()
+            with torch.enable_grad():
+                values = ctx.function(logits, *(column[rows] for column in columns))
+            (grad,) = torch.autograd.grad(values, logits, grad_outputs[0][rows])
+            grad = grad.to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(grad, weight, out=hidden_grad[rows])
+            if weight_grad is not None:
+                weight_grad += grad.T @ hidden[rows]
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight.dtype)
+        return None, hidden_grad, weight_grad, *(None for _ in columns)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """At least one, so that no tokens are mapped to no values."""
+    size = chunk_rows(weight.shape[0], hidden.device)
+    return [slice(start, start + size) for start in range(0, max(1, hidden.shape[0]), size)]
+
+
+def _fresh_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return _logits(hidden, weight, hidden.new_empty(hidden.shape[0], weight.shape[0]))
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:

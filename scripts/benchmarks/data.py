@@ -245,24 +245,8 @@ def prepare_with_trl(file: Path, tokenizer: PreTrainedTokenizerBase, processes: 
 
 def compare_packing(repeats: int, *, with_trl: bool) -> Result:
     """Best-fit packing of a million heavy-tailed lengths, and the memory of what it gives."""
-    drawn = np.random.default_rng(SEED).lognormal(np.log(250), 1.1, PACKED_DOCUMENTS)
-    lengths = np.clip(drawn, 1, SEQ_LEN).astype(np.int32)
-
-    def counted(result: Result, rows: int) -> Result:
-        return result | {
-            "documents_per_second": len(lengths) / result["seconds"],
-            "packed_rows": rows,
-            "fill_pct": 100 * float(lengths.sum()) / (rows * SEQ_LEN),
-        }
-
-    def with_shardloop() -> Result:
-        with stopwatch() as result:
-            packs = pack(lengths, seq_len=SEQ_LEN)
-        # The packs, and where each document begins.
-        index = packs.document_ids.nbytes + packs.offsets.nbytes + 8 * (len(lengths) + 1)
-        return counted(result, len(packs)) | {"index_mib": index / 2**20}
-
-    sides: dict[str, Side] = {"shardloop": with_shardloop}
+    lengths = draw_lengths(PACKED_DOCUMENTS)
+    sides: dict[str, Side] = {"shardloop": lambda: pack_lengths(lengths)}
     if with_trl:
         import datasets
         import pyarrow as pa
@@ -277,11 +261,33 @@ def compare_packing(repeats: int, *, with_trl: bool) -> Result:
             datasets.disable_caching()
             with stopwatch() as result:
                 packed = pack_dataset(documents, SEQ_LEN, "bfd")
-            return counted(result, len(packed))
+            return result | _packed(lengths, len(packed), result["seconds"])
 
         sides["trl"] = with_trl_packing
     with on_cores(1):
         return take_turns(sides, repeats)
+
+
+def draw_lengths(documents: int) -> np.ndarray:
+    """Heavy-tailed, at most SEQ_LEN."""
+    drawn = np.random.default_rng(SEED).lognormal(np.log(250), 1.1, documents)
+    return np.clip(drawn, 1, SEQ_LEN).astype(np.int32)
+
+
+def pack_lengths(lengths: np.ndarray) -> Result:
+    """Best-fit packing, and the size of its index: the packs, and where each document begins."""
+    with stopwatch() as result:
+        packs = pack(lengths, seq_len=SEQ_LEN)
+    index = packs.document_ids.nbytes + packs.offsets.nbytes + 8 * (len(lengths) + 1)
+    return result | _packed(lengths, len(packs), result["seconds"]) | {"index_mib": index / 2**20}
+
+
+def _packed(lengths: np.ndarray, rows: int, seconds: float) -> Result:
+    return {
+        "documents_per_second": len(lengths) / seconds,
+        "packed_rows": rows,
+        "fill_pct": 100 * float(lengths.sum()) / (rows * SEQ_LEN),
+    }
 
 
 def order_cost() -> Result:

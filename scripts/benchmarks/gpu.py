@@ -27,7 +27,14 @@ from data.errors import DataError
 from scripts.benchmarks.common import Result, as_launched, machine, setting, versions
 from scripts.benchmarks.limit import Product, best_of, combine, measure
 from scripts.benchmarks.step import WARM_UP, attempt, compare, launch, ratios, write_workload
-from scripts.benchmarks.trainers import Work, forget_peak_of, now, peak_of, run_main
+from scripts.benchmarks.trainers import (
+    Work,
+    forget_peak_of,
+    now,
+    output_folder_of,
+    peak_of,
+    run_main,
+)
 from scripts.benchmarks.workload import Shape, model_config
 
 HELP = "on GPUs: their rates, training steps in several settings, peers, the loss, saves; a calibration"
@@ -412,15 +419,17 @@ def losses(plan: Plan, device: str) -> Result:
 
 
 def saves(folder: Path, plan: Plan, model: str, device: str, ranks: int) -> Result:
-    """Seconds for which a save of train.py stops the loop: the first, which also takes host memory, and the second."""
+    """Of saves of train.py, the first of which also takes host memory: seconds the loop stops, and until durable."""
     with workload(folder, plan.models[model], device, 1, ranks, ()) as work:
         return launch(work, timed_saves, ranks=ranks)[0] | {"kind": "saves"}
 
 
 def timed_saves(work: Work) -> Result:
     from trainer.loop import train
+    from trainer.manifest import complete_checkpoints, step_of
 
-    found: list[float] = []
+    found: list[Result] = []
+    folder = output_folder_of(work) / "checkpoints"
 
     def saving(*arguments: Any, **options: Any) -> bool:
         save, progress = options.pop("save"), options["progress"]
@@ -429,7 +438,10 @@ def timed_saves(work: Work) -> Result:
         def timed(told: Any) -> None:
             began, _ = now()
             save(told)
-            found.append(now()[0] - began)
+            stopped = now()[0] - began
+            while not any(step_of(path.name) == told.step for path in complete_checkpoints(folder)):
+                time.sleep(0.01)
+            found.append({"stall_seconds": stopped, "durable_seconds": now()[0] - began})
 
         last = options.pop("steps")
         options["save_every"] = 0
@@ -438,7 +450,7 @@ def timed_saves(work: Work) -> Result:
         return finished
 
     run_main(work, saving)
-    return {"stall_seconds": found}
+    return {"saves": found}
 
 
 # ------------------------------------------------------------------------------------- calibration
@@ -512,8 +524,15 @@ def as_markdown(result: Result) -> str:
         if part.get("kind") == "loss":
             lines += loss_table(part)
         if part.get("kind") == "saves":
-            stalls = ", ".join(f"{seconds:.3f}" for seconds in part["stall_seconds"])
-            lines += ["", f"seconds a save stops the loop, one after the other: {stalls}"]
+            lines += [
+                "",
+                "| save | seconds the loop stops | seconds until durable |",
+                "|---|---|---|",
+            ]
+            lines += [
+                f"| {number} | {save['stall_seconds']:.3f} | {save['durable_seconds']:.3f} |"
+                for number, save in enumerate(part["saves"], 1)
+            ]
     lines += ["", *(f"{name}: {why}" for name, why in failed.items())] if failed else []
     seconds = sum(part.get("part_seconds", 0) for part in found.values())
     return "\n".join([*lines, "", f"measured in {seconds / 60:.1f} minutes"])

@@ -194,13 +194,17 @@ def train_arguments(work: Work, output_dir: Path) -> list[str]:
     ]
 
 
+def output_folder_of(work: Work) -> Path:
+    """Of this run."""
+    return Path(work.folder, f"output-{os.environ['MASTER_PORT']}")
+
+
 def run_main(work: Work, train: Callable[..., bool]) -> list[Result]:
     """Run the `main` of train.py with `train` in the place of `trainer.loop.train`; returns the rows of metrics.jsonl."""
     import scripts.wiring
     from scripts.train import main
 
-    folder = Path(work.folder)
-    output_dir = folder / f"output-{os.environ['MASTER_PORT']}"
+    folder, output_dir = Path(work.folder), output_folder_of(work)
     with logged(folder, "shardloop"), patch.object(scripts.wiring, "train", train):
         code = main(train_arguments(work, output_dir))
     if code != 0:

@@ -36,6 +36,8 @@ class Gpu:
     """Sold with a lower power limit than the bf16 rate needs."""
     host_bytes_per_second: float = 50e9
     """Between the GPU and pinned memory of its host, in one direction: PCIe 5.0 x16 as it is reached."""
+    host_gib: float = 230
+    """Memory of the host for each GPU: 1,850 GiB and more for 8 in clouds."""
 
 
 _GIB = 2**30
@@ -44,7 +46,9 @@ GPUS = {
     for gpu in (
         Gpu("h100-sxm", 989e12, 80e9 / _GIB, 79.1, 3.35e12, 450e9, 50e9),
         # The bridge joins pairs; 80 Gb/s Ethernet for both GPUs of an Azure NC80adis_H100_v5.
-        Gpu("h100-nvl", 835e12, 94e9 / _GIB, 93.1, 3.9e12, 300e9, 5e9, gpus_per_node=2),
+        Gpu(
+            "h100-nvl", 835e12, 94e9 / _GIB, 93.1, 3.9e12, 300e9, 5e9, gpus_per_node=2, host_gib=320
+        ),
         # 96 GB of HBM2e at 500 W, in which torchtitan's published numbers were measured.
         Gpu("h100-500w", 989e12, 96e9 / _GIB, 95.0, 2.0e12, 450e9, 50e9, capped_power=True),
         Gpu("h200", 989e12, 141e9 / _GIB, 139.8, 4.8e12, 450e9, 50e9),
@@ -59,6 +63,8 @@ def find_gpu(name: str) -> Gpu:
         KeyError: none is meant.
     """
     text = re.sub(r"[^a-z0-9]", "", name.lower())
+    if "pcie" in text and "nvl" not in text:
+        raise KeyError(name)  # slower, and not among them
     for key, needed in {
         "h200": "h200",
         "h100nvl": "h100-nvl",

@@ -50,7 +50,7 @@ class Trace:
     phases: dict[str, Counter[str]]
     """Bytes by part, at the peak of each phase of a step."""
     streams: Counter[str]
-    """The most bytes that each stream allocates: an allocator keeps them apart, and gives nothing back."""
+    """The most bytes that each stream allocates: an allocator keeps them apart, and gives nothing back. And HOST's."""
     trained_parameters: int
     parameters: int
 
@@ -74,7 +74,12 @@ class MemoryPlan(Trace):
 
     @property
     def reserved_bytes(self) -> int:
-        return max(self.streams.total(), self.allocated_bytes)
+        return max(self.streams.total() - self.host_bytes, self.allocated_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """In host memory: what is offloaded."""
+        return self.streams[HOST]
 
 
 def plan_memory(

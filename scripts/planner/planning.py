@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,72 @@ from models.build import (
     parse_model_config,
     read_config_values,
 )
-from scripts.batching import batch_sizes
 from scripts.config import TrainConfig
+from scripts.planner.advice import explain_communication
+from scripts.planner.calibration import Calibration
+from scripts.planner.constants import fitted_constants
 from scripts.planner.facts import Gpu, find_model, shape_of
 from scripts.planner.memory import MemoryPlan, plan_memory
 from scripts.planner.published import deviation
 from scripts.planner.speed import StepTime, Work, predict
-from trainer.parallel import data_rank, mesh_sizes
+from scripts.planner.work import batch_of, work_of
 
 _GIB = 2**30
-# Beside what torch's allocator reserves: CUDA's context, NCCL's buffers, cuBLAS's workspace. Believed, not measured.
-OUTSIDE_GIB = 1.5
-# Of what is allocated; segments grow in place (`trainer.hardware.configure`), so little is lost between blocks. Believed.
-_FRAGMENTED = 1.03
 # Of the interval: nine of ten runs are meant to be inside.
 _DEVIATIONS = 1.645
+# Of host memory, for what is offloaded; the rest is for Python, the data and a checkpoint on its way.
+_HOST_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that a run takes of a GPU, in GiB."""
+
+    allocated: float
+    reserved: float
+    beside: float
+    """Outside torch's allocator."""
+    there: float
+    slack: float
+    """What allocations take, over their sum."""
+    on_host: float = 0.0
+    host: float = math.inf
+    """Of the host's memory: what the run takes for each GPU, and what is there."""
+
+    @property
+    def needed(self) -> float:
+        return self.slack * self.allocated + self.beside
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.there and self.on_host <= _HOST_SHARE * self.host
+
+    @property
+    def tight(self) -> bool:
+        """It fits, but only while the allocator gives memory of one stream to another."""
+        return self.fits and self.reserved + self.beside > self.there
+
+
+def room_of(
+    memory: MemoryPlan,
+    *,
+    gib: float,
+    host_gib: float = math.inf,
+    calibration: Calibration | None = None,
+) -> Room:
+    """Whether a GPU of so many GiB, as torch counts them, and its share of the host have the memory."""
+    constants = calibration.constants if calibration else fitted_constants()
+    ratio = calibration.reserved_over_allocated if calibration else None
+    allocated = memory.allocated_bytes / _GIB
+    return Room(
+        allocated=allocated,
+        reserved=ratio * allocated if ratio else memory.reserved_bytes / _GIB,
+        beside=constants.outside_gib,
+        there=gib,
+        slack=constants.allocator_slack,
+        on_host=memory.host_bytes / _GIB,
+        host=host_gib,
+    )
 
 
 @dataclass(frozen=True)
@@ -38,48 +91,36 @@ class Plan:
     gpu: Gpu
     gpus: int
     memory: MemoryPlan
+    room: Room
+    work: Work
     time: StepTime
-    deviation: float
-    """Standard deviation of the logarithm of the speed."""
     batch: tuple[int, int, int]
     """Rows of a micro-batch and of a step, micro-batches."""
     step_tokens: int
     """Over all ranks."""
     tokens: float | None
     """Of the whole run."""
+    calibration: Calibration | None
     notes: tuple[str, ...]
-
-    @property
-    def allocated_gib(self) -> float:
-        return self.memory.allocated_bytes / _GIB
-
-    @property
-    def reserved_gib(self) -> float:
-        return self.memory.reserved_bytes / _GIB
+    remedies: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
-        return _FRAGMENTED * self.allocated_gib + OUTSIDE_GIB <= self.gpu.torch_gib
+        return self.room.fits
 
-    @property
-    def tight(self) -> bool:
-        """It fits, but only while the allocator gives memory of one stream to another."""
-        return self.fits and self.reserved_gib + OUTSIDE_GIB > self.gpu.torch_gib
-
-    @property
+    @cached_property
     def interval(self) -> tuple[float, float]:
         """Tokens per second and GPU."""
-        factor = math.exp(_DEVIATIONS * self.deviation)
+        known = self.calibration.known if self.calibration else None
+        factor = math.exp(_DEVIATIONS * deviation(self.work, known))
         speed = self.time.tokens_per_second_per_gpu
         return speed / factor, speed * factor
 
     @property
     def hours(self) -> float | None:
-        return (
-            None
-            if self.tokens is None
-            else self.tokens / self.step_tokens * self.time.seconds / 3600
-        )
+        if self.tokens is None:
+            return None
+        return self.tokens / self.step_tokens * self.time.seconds / 3600
 
 
 def planned_model(config: TrainConfig, folder: Path | None) -> tuple[str, PreTrainedConfig]:
@@ -119,6 +160,8 @@ def make_plan(
     document_length: float | None = None,
     labels: float = 1.0,
     tokens: float | None = None,
+    calibration: Calibration | None = None,
+    memory: MemoryPlan | None = None,
 ) -> Plan:
     """Memory and time of a run.
 
@@ -131,14 +174,14 @@ def make_plan(
         document_length: sum of the documents' squared lengths over that of their lengths; None: rows are one document.
         labels: share of the tokens that are predicted.
         tokens: of the whole run; None: those of config.steps.
+        calibration: measurements of this GPU; None: what is published.
+        memory: where it is known; None: it is traced.
 
     Raises:
         ModelError, TrainError: as the trainer would for this configuration.
     """
-    parallel, seq_len = config.parallel, config.data.seq_len
-    ranks = data_rank(parallel, rank=0, world_size=gpus).size
-    batch = micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, ranks)
-    memory = plan_memory(
+    micro_batch_size, global_batch_size, grad_accum_steps = batch_of(config, gpus=gpus)
+    memory = memory or plan_memory(
         config,
         hf_config,
         world_size=gpus,
@@ -146,59 +189,50 @@ def make_plan(
         grad_accum_steps=grad_accum_steps,
         labels=labels,
     )
-    sizes = mesh_sizes(parallel, world_size=gpus)
-    layers, last = hf_config.num_hidden_layers, config.model.train_last_layers
-    work = Work(
-        shape=shape_of(hf_config.to_dict()),
-        gpu=gpu,
+    gpu = calibration.gpu if calibration else gpu
+    constants = calibration.constants if calibration else fitted_constants()
+    work = work_of(
+        config,
+        shape_of(hf_config.to_dict()),
+        gpu,
         gpus=gpus,
-        tokens=micro_batch_size * seq_len,
-        squared_lengths=micro_batch_size * seq_len * min(document_length or seq_len, seq_len),
-        grad_accum_steps=grad_accum_steps,
-        labels_share=labels,
-        recompute=parallel.activation_checkpointing,
-        checkpoint_every=parallel.checkpoint_every,
-        compiled=parallel.compile,
-        float8=parallel.float8 != "none",
-        shards=sizes["dp_shard"] * sizes["cp"],
-        gathers=1 if parallel.reshard_after_forward is False else 2,
-        reduce_bytes=4 if parallel.reduce_dtype == "float32" else 2,
         trained_share=memory.trained_parameters / memory.parameters,
-        tensor_parallel=sizes["tp"],
-        context_parallel=sizes["cp"],
-        offload=parallel.cpu_offload,
-        front_share=(layers - last) / layers if last else 0.0,
+        document_length=document_length,
+        labels=labels,
     )
-    step_tokens = global_batch_size * seq_len
+    time = predict(work, constants)
+    room = room_of(memory, gib=gpu.torch_gib, host_gib=gpu.host_gib, calibration=calibration)
+    step_tokens = global_batch_size * config.data.seq_len
     if tokens is None and config.steps is not None:
         tokens = config.steps * step_tokens
+    why, remedies = explain_communication(work, time, constants, rows=global_batch_size)
     return Plan(
         model=name,
         gpu=gpu,
         gpus=gpus,
         memory=memory,
-        time=predict(work),
-        deviation=deviation(work),
-        batch=batch,
+        room=room,
+        work=work,
+        time=time,
+        batch=(micro_batch_size, global_batch_size, grad_accum_steps),
         step_tokens=step_tokens,
         tokens=tokens,
-        notes=tuple(_notes(work)),
+        calibration=calibration,
+        notes=(*why, *_notes(work, room)),
+        remedies=tuple(remedies),
     )
 
 
-def _notes(work: Work) -> list[str]:
-    notes = []
-    gpu = work.gpu
-    if work.gpus > gpu.gpus_per_node and gpu.network_bytes_per_second < 20e9:
-        notes.append(
-            f"machines of {gpu.gpus_per_node} {gpu.name} are joined by a network of "
-            f"{8 * gpu.network_bytes_per_second * gpu.gpus_per_node / 1e9:.0f} Gb/s: a step waits for it"
-        )
+def _notes(work: Work, room: Room) -> Iterator[str]:
     if work.compiled:
-        notes.append("compiled layers are taken to hold as much as plain ones; they hold less")
+        yield "compiled layers are taken to hold as much as plain ones; they hold less"
     if work.float8:
-        notes.append("float8 layers are taken to hold as much as bfloat16 ones")
-    return notes
+        yield "float8 layers are taken to hold as much as bfloat16 ones"
+    if room.tight:
+        yield (
+            "tight: what the allocator keeps apart for each stream is more than the GPU has, so it takes memory from one "
+            "for another in every step, which costs time"
+        )
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -218,16 +252,17 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "grad_accum_steps": plan.batch[2],
         "parameters": plan.memory.parameters,
         "trained_parameters": plan.memory.trained_parameters,
-        "memory_allocated_gib": plan.allocated_gib,
-        "memory_reserved_gib": plan.reserved_gib,
-        "memory_gpu_gib": plan.gpu.torch_gib,
+        "memory_allocated_gib": plan.room.allocated,
+        "memory_reserved_gib": plan.room.reserved,
+        "memory_gpu_gib": plan.room.there,
+        "memory_host_gib": plan.room.on_host,
         "memory_parts_gib": _gib(plan.memory.parts),
         "memory_phases_gib": {
             phase: {"total": parts.total() / _GIB, **_gib(parts)}
             for phase, parts in plan.memory.phases.items()
         },
-        "fits": plan.fits,
-        "tight": plan.tight,
+        "fits": plan.room.fits,
+        "tight": plan.room.tight,
         "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
         "interval": [low, high],
         "mfu_pct": time.mfu_pct(plan.gpu),
@@ -239,6 +274,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "hours": plan.hours,
         "gpu_hours": None if plan.hours is None else plan.hours * plan.gpus,
         "notes": list(plan.notes),
+        "remedies": list(plan.remedies),
+        "calibration": plan.calibration.as_json() if plan.calibration else None,
     }
 
 
@@ -257,7 +294,8 @@ def to_text(plan: Plan) -> str:
         table.append((phase, *(f"{held.get(n, 0):.1f}" for n in names), f"{held['total']:.1f}"))
     seconds = values["step_parts_seconds"]
     shown = {name.replace("_", " "): value for name, value in seconds.items() if value > 0}
-    verdict = "tight" if plan.tight else "fits" if plan.fits else "does NOT fit"
+    room = plan.room
+    verdict = "tight" if room.tight else "fits" if room.fits else "does NOT fit"
     lines = [
         f"{plan.model}, {values['parameters'] / 1e9:.2f} B parameters"
         + (
@@ -270,8 +308,13 @@ def to_text(plan: Plan) -> str:
         "",
         aligned(table),
         "",
-        f"memory   {plan.allocated_gib:.1f} GiB allocated, {plan.reserved_gib:.1f} reserved, about {OUTSIDE_GIB:g} beside; "
-        f"the GPU has {plan.gpu.torch_gib:.1f}: {verdict}",
+        f"memory   {room.allocated:.1f} GiB allocated, {room.reserved:.1f} reserved, about {room.beside:.1f} beside; "
+        f"the GPU has {room.there:.1f}: {verdict}",
+        *(
+            [f"host     {room.on_host:.1f} GiB for each GPU; of {room.host:.0f} there"]
+            if room.on_host
+            else []
+        ),
         f"speed    {time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU ({low:,.0f} to {high:,.0f}), "
         f"MFU {values['mfu_pct']:.0f} %, HFU {values['hfu_pct']:.0f} %, bound by {time.bound_by}",
         f"step     {time.seconds:.2f} s: "
@@ -281,13 +324,22 @@ def to_text(plan: Plan) -> str:
         lines.append(
             f"run      {plan.tokens:,.0f} tokens in {plan.hours:,.1f} hours, {plan.hours * plan.gpus:,.1f} GPU-hours"
         )
-    notes = plan.notes
-    if plan.tight:
-        notes += (
-            "tight: what the allocator keeps apart for each stream is more than the GPU has, so it takes memory from one "
-            "for another in every step, which costs time",
-        )
-    return "\n".join([*lines, *(f"note     {note}" for note in notes)])
+    lines += [f"note     {note}" for note in plan.notes]
+    lines += [f"remedy   {remedy}" for remedy in plan.remedies]
+    return "\n".join(lines)
+
+
+def calibration_lines(calibration: Calibration | None) -> list[str]:
+    """What was replaced, and by what; [] where nothing was."""
+    if calibration is None:
+        return []
+    lines = [f"{calibration.origin}, instead of what is published or believed:"]
+    for name, (before, after) in calibration.replaced.items():
+        lines.append(f"  {name:<26}{before:>12.5g} -> {after:.5g}")
+    if calibration.reserved_over_allocated:
+        ratio = calibration.reserved_over_allocated
+        lines.append(f"  {'reserved over allocated':<26}{'traced':>12} -> {ratio:.5g}")
+    return lines + [f"  {note}" for note in calibration.notes]
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:

@@ -9,22 +9,29 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from scripts.planner.constants import Constants, believed_deviations, fitted_constants
 from scripts.planner.facts import find_gpu, find_model, shape_of
-from scripts.planner.speed import Constants, Work, fit, predict, relative_deviation
+from scripts.planner.fitting import (
+    Knowledge,
+    fit,
+    misfit_of_speeds,
+    precision,
+    relative_deviation,
+)
+from scripts.planner.speed import Work, predict
 
 PUBLISHED = Path(__file__).with_name("published.csv")
+_NEEDED = ("source", "model", "gpus", "gpu", "seq_len", "micro_batch", "tokens_per_second_per_gpu")
+_UNSAID = ("", "?", "-", "n/a", "na", "none", "unknown")
 # A rank-16 adapter of all linear layers has about so many of the parameters.
 _LORA_SHARE = 0.005
-# How far the formula itself may be off, as a logarithm: what rows of a source it was not fitted to show, and, where there
-# are no such rows, a belief.
-_FORMULA = 0.08
-_UNLIKE = {"gpu": 0.08, "experts": 0.2, "split": 0.15, "offload": 0.4, "frozen": 0.1}
 
 
 @dataclass(frozen=True)
@@ -41,72 +48,104 @@ def read_points(file: Path) -> tuple[list[Point], list[str]]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a column is missing or a number is none.
+        ValueError: it is no table, or columns are missing.
     """
     points, skipped = [], []
-    with file.open(newline="", encoding="utf-8") as stream:
-        for number, row in enumerate(csv.DictReader(stream), 2):
-            try:
-                points.append(_point(row))
-            except KeyError as error:
-                skipped.append(f"{file.name} line {number}: {error.args[0]!r} is not known")
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{file} line {number}: {error}") from None
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = csv.DictReader(stream)
+            missing = [name for name in _NEEDED if name not in (rows.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{file} has no column {', '.join(missing)}")
+            for row in rows:
+                said = {name: str(value or "").strip() for name, value in row.items() if name}
+                if not any(said.values()):
+                    continue
+                try:
+                    points.append(_point(said))
+                except ValueError as error:
+                    skipped.append(f"{file.name} line {rows.line_num}: {error}")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} is no table of text: {error}") from None
     return points, skipped
 
 
-def _point(row: dict[str, str]) -> Point:
-    missing = {"source", "model", "gpus", "gpu", "seq_len", "micro_batch"} - set(row)
-    if missing or "tokens_per_second_per_gpu" not in row:
-        raise ValueError(
-            f"the column {', '.join(sorted(missing)) or 'tokens_per_second_per_gpu'} is missing"
-        )
-    said = {name: (value or "").strip().lower() for name, value in row.items() if name}
-    model, adapter = re.subn(r"\b(q?lora|peft)\b", "", row["model"], flags=re.IGNORECASE)
-    config = find_model(model.strip(" ,()-"))
+def _point(said: Mapping[str, str]) -> Point:
+    """Raises ValueError: something of it is not known, or makes no sense."""
+    model, adapter = re.subn(r"\b(q?lora|peft)\b", "", said["model"], flags=re.IGNORECASE)
+    try:
+        config, gpu = find_model(model.strip(" ,()-+")), find_gpu(said["gpu"])
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]!r} is not known") from None
     foundry = config["model_type"] == "mpt"
-    sharding = said.get("sharding", "")
-    gpu, gpus = find_gpu(row["gpu"]), int(row["gpus"])
-    split = {axis: int(n) for axis, n in re.findall(r"\b(tp|cp)[ =_-]*(\d+)", sharding)}
+    gpus, length = _whole(said, "gpus"), _whole(said, "seq_len")
+    sequences = _whole(said, "micro_batch")
+    sharding, recomputed = said.get("sharding", "").lower(), said.get("ac", "").lower()
+    split = {axis: int(n) for axis, n in re.findall(r"(?<![a-z])(tp|cp|pp)[ =_-]*(\d+)", sharding)}
     tensor, context = split.get("tp", 1), split.get("cp", 1)
+    if split.get("pp", 1) > 1:
+        raise ValueError("pipeline parallelism is not predicted")
+    if not (tensor and context) or gpus % (tensor * context):
+        raise ValueError(f"{sharding!r} does not go into {gpus} GPUs")
     ranks = gpus // tensor
-    shards = {
-        "hsdp": min(ranks, gpu.gpus_per_node),
-        "hybrid": min(ranks, gpu.gpus_per_node),
-        "none": 1,
-        "ddp": 1,
-        "no_shard": 1,
-    }.get(re.split(r"[ _(x]", sharding.replace("no_shard", "none"))[0], ranks)
-    length, sequences = int(row["seq_len"]), int(row["micro_batch"])
-    recomputed = said.get("ac", "")
+    inside = min(ranks, max(1, gpu.gpus_per_node // tensor))
+    unsharded = dict.fromkeys(("none", "ddp", "no_shard", "single"), 1)
+    shards = {**unsharded, "hsdp": inside, "hybrid": inside}.get(
+        re.split(r"[ _(x,+-]", sharding.replace("no_shard", "none"))[0], ranks
+    )
+    if ranks % shards:
+        raise ValueError(f"{gpus} GPUs are no whole number of nodes")
+    types = said.get("precision", "").lower()
     return Point(
-        source=row["source"],
-        label=f"{row['model']}, {gpus} x {row['gpu']}, {sequences} x {length:,}",
+        source=said["source"],
+        label=f"{said['model']}, {gpus} x {said['gpu']}, {sequences} x {length:,}",
         work=Work(
             shape=shape_of(config),
             gpu=gpu,
             gpus=gpus,
             tokens=sequences * length,
             squared_lengths=float(sequences * length**2),
-            grad_accum_steps=int(row.get("grad_accum") or 1),
+            grad_accum_steps=_whole(said, "grad_accum", default=1),
             recompute="op"
-            if "op" in recomputed
-            else recomputed
-            if recomputed in ("full", "selective")
+            if re.search(r"\bop\b", recomputed)
+            else "selective"
+            if "selective" in recomputed
+            else "full"
+            if recomputed in ("full", "yes", "true", "1")
             else "none",
-            compiled=said.get("compile") in ("yes", "true", "1"),
-            float8=bool(re.search("fp8|float8", said.get("precision", ""))),
+            compiled=said.get("compile", "").lower() in ("yes", "true", "1"),
+            float8=bool(re.search("fp8|float8", types)),
+            float32=types in ("fp32", "float32", "tf32"),
             shards=shards,
-            gathers=1 if "grad_op" in sharding or "zero2" in sharding else 2,
+            gathers=1 if "grad_op" in sharding or "zero2" in sharding.replace("-", "") else 2,
             reduce_bytes=2 if foundry else 4,
-            reduces_every_micro_batch=foundry,
+            accumulation="sharded",
             trained_share=_LORA_SHARE if adapter else 1.0,
             foundry=foundry,
             tensor_parallel=tensor,
             context_parallel=context,
         ),
-        measured=float(row["tokens_per_second_per_gpu"]),
+        measured=_number(said, "tokens_per_second_per_gpu"),
     )
+
+
+def _number(said: Mapping[str, str], column: str) -> float:
+    try:
+        number = float(re.sub(r"[,_ ]", "", said[column]))
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{column} is {said[column] or 'empty'!r}, no number above 0")
+    return number
+
+
+def _whole(said: Mapping[str, str], column: str, default: int | None = None) -> int:
+    if default is not None and said.get(column, "").lower() in _UNSAID:
+        return default
+    number = _number(said, column)
+    if number != int(number):
+        raise ValueError(f"{column} is {said[column]!r}, no whole number")
+    return int(number)
 
 
 def errors_pct(points: Sequence[Point], constants: Constants | None = None) -> np.ndarray:
@@ -115,23 +154,37 @@ def errors_pct(points: Sequence[Point], constants: Constants | None = None) -> n
     return 100 * (np.array(said) / np.array([point.measured for point in points]) - 1)
 
 
-def deviation(work: Work) -> float:
-    """Standard deviation of the logarithm of a predicted speed: of the constants, of the formula, of what no row is like."""
+@cache
+def knowledge() -> Knowledge:
+    """The constants in constants.json, and what the table of this folder says of them."""
     points, _ = read_points(PUBLISHED)
-    known = [point.work for point in points]
+    works, constants = [point.work for point in points], fitted_constants()
+    misfit = misfit_of_speeds(works, [point.measured for point in points])
+    return Knowledge(
+        constants,
+        precision(constants, misfit),
+        frozenset(work.gpu.name for work in works),
+        max(work.gpus for work in works),
+    )
+
+
+def deviation(work: Work, known: Knowledge | None = None) -> float:
+    """Standard deviation of the logarithm of a predicted speed: of the constants, of the formula, of what no row is like."""
+    known, believed = known or knowledge(), believed_deviations()
     unlike = {
-        "gpu": work.gpu not in {other.gpu for other in known},
+        "gpu": work.gpu.name not in known.gpus,
         "experts": work.shape.experts > 0,
         "split": work.tensor_parallel * work.context_parallel > 1,
         "offload": work.offload,
         "frozen": work.front_share > 0,
+        "float32": work.float32,
     }
     parts = [
         relative_deviation(work, known),
-        _FORMULA,
-        *(_UNLIKE[name] for name, is_so in unlike.items() if is_so),
+        believed["formula"],
+        *(believed[name] for name, is_so in unlike.items() if is_so),
         # Beyond the largest measured number of GPUs nobody knows how waiting grows.
-        0.1 * max(0.0, math.log2(work.gpus / max(other.gpus for other in known))),
+        believed["doubling"] * max(0.0, math.log2(work.gpus / known.most_gpus)),
     ]
     return math.sqrt(sum(part**2 for part in parts))
 

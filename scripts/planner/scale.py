@@ -61,7 +61,7 @@ def as_table(plans: Sequence[tuple[Plan, str]]) -> str:
             (
                 f"{plan.gpus:,}",
                 way,
-                f"{plan.allocated_gib:.1f}" + ("" if plan.fits else " (does not fit)"),
+                f"{plan.room.allocated:.1f}" + ("" if plan.fits else " (does not fit)"),
                 f"{speed:,.0f}",
                 f"{low:,.0f} to {high:,.0f}",
                 f"{100 * speed / first:.0f} %",

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from models.config import LoraConfig
+from scripts.command_line import CommandLineError, validate
 from scripts.config import TrainConfig
 from scripts.planner.facts import Gpu
 from scripts.planner.planning import Plan, aligned
@@ -38,29 +39,34 @@ def search(
         make: a plan for a configuration.
         gpu: each of `gpus`.
     """
-    lora = LoraConfig(rank=_LORA_RANK)
-    resorts = [config, replace(config, parallel=replace(config.parallel, cpu_offload=True))]
-    if not config.lora.rank and not config.model.train_last_layers and config.parallel.tp == 1:
-        resorts.append(replace(config, lora=lora))
+    offloaded = replace(config, parallel=replace(config.parallel, cpu_offload=True))
+    resorts = [config, offloaded]
+    if not config.lora.rank and not config.model.train_last_layers:
+        resorts.append(replace(config, lora=LoraConfig(rank=_LORA_RANK)))
     for resort in resorts:
+        ways = [replace(resort, parallel=p) for p in _shardings(resort.parallel, gpu, gpus)]
         found = [
-            tried
-            for parallel in _shardings(resort.parallel, gpu, gpus)
-            for tried in _micro_batches(replace(resort, parallel=parallel), make, gpus)
+            tried for way in ways if _is_allowed(way) for tried in _micro_batches(way, make, gpus)
         ]
         if found:
             return sorted(found, key=lambda one: -one.plan.time.tokens_per_second_per_gpu)
     return []
 
 
+def _is_allowed(config: TrainConfig) -> bool:
+    """Whether train.py takes it."""
+    try:
+        validate(config)
+    except CommandLineError:
+        return False
+    return True
+
+
 def _shardings(parallel: ParallelConfig, gpu: Gpu, gpus: int) -> Iterator[ParallelConfig]:
     """What is recomputed, from nothing to everything, with full and hybrid sharding."""
-    modes = (
-        ["none", "selective", "full"] if parallel.compile else ["none", "op", "selective", "full"]
-    )
     inside = parallel.cp * parallel.tp
     nodes = gpus // gpu.gpus_per_node
-    for mode in modes:
+    for mode in ("none", "op", "selective", "full"):
         one = replace(parallel, activation_checkpointing=mode)
         yield one
         if nodes > 1 and gpus % gpu.gpus_per_node == 0 and gpu.gpus_per_node % inside == 0:
@@ -103,8 +109,8 @@ def as_table(found: Sequence[Found]) -> str:
         plan = one.plan
         rows.append(
             (
-                one.how + (" (tight)" if plan.tight else ""),
-                f"{plan.allocated_gib:.1f}",
+                one.how + (" (tight)" if plan.room.tight else ""),
+                f"{plan.room.allocated:.1f}",
                 f"{plan.time.tokens_per_second_per_gpu:,.0f}",
                 f"{plan.time.mfu_pct(plan.gpu):.0f}",
                 plan.time.bound_by,

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 _BLOCK_BYTES = 512  # CUDA's caching allocator hands out multiples of it
 HOST = "host"
-"""What is for this is in another memory, and counts nowhere."""
+"""What is for this is in another memory, and counts in no phase."""
 ACTIVATIONS, GATHERED, GRADIENTS = "activations", "gather buffers", "gradients"
 # Streams that FSDP allocates in; what is freed in one is not free for another.
 COMPUTE, GATHERING, REDUCING = "compute", "all-gather", "reduce-scatter"
@@ -92,14 +92,13 @@ class MemoryTracker(TorchDispatchMode):
         return +parts
 
     def stream_peaks(self) -> Counter[str]:
-        """The most bytes at once of each stream's allocations, whenever that was."""
+        """The most bytes at once of each stream's allocations, whenever that was; of those in host memory as HOST."""
         held: Counter[str] = Counter()
         most: Counter[str] = Counter()
         for number, size in self._events:
-            if self._labels[number] != HOST:
-                stream = self._streams[number]
-                held[stream] += size
-                most[stream] = max(most[stream], held[stream])
+            stream = HOST if self._labels[number] == HOST else self._streams[number]
+            held[stream] += size
+            most[stream] = max(most[stream], held[stream])
         return most
 
     def __torch_dispatch__(

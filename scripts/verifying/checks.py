@@ -22,7 +22,7 @@ from data.mixture import Mixture
 from models.layers import linear_attention_layers
 from scripts.dry_run import prove_checkpoint
 from scripts.job import Job
-from scripts.modelling import export, training_loss
+from scripts.modelling import export
 from scripts.verifying.copy import STEPS
 from scripts.verifying.runs import Bench, Record, sample
 from scripts.wiring import Pieces
@@ -191,7 +191,8 @@ def _export(job: Job, run: Pieces) -> list[Measure]:
     loaded = AutoModelForCausalLM.from_pretrained(job.output_dir / "export", dtype=torch.float32)
     loaded.to(job.device).eval()
     measures = []
-    for number, document in enumerate(_some_documents(job, run)):
+    documents = (document for group in _some_groups(job, run) for document in group)
+    for number, document in enumerate(documents):
         live = _logits(job, run, _batch(job, run, [[document]]))[: len(document[0])]
         ids = torch.from_numpy(document[0].astype(np.int64)).unsqueeze(0).to(job.device)
         with torch.no_grad():
@@ -206,10 +207,11 @@ def _export(job: Job, run: Pieces) -> list[Measure]:
 
 def _documents(job: Job, run: Pieces) -> Iterator[Check]:
     """What shares a row, and what is masked."""
-    documents = _some_documents(job, run)
+    groups = _some_groups(job, run)
+    documents = [document for group in groups for document in group]
     ends = np.cumsum([len(ids) for ids, _ in documents])
     places = [slice(end - len(ids), end) for end, (ids, _) in zip(ends, documents, strict=True)]
-    loss_fn = training_loss(job.config, run.model)
+    loss_fn = run.loss
 
     def several() -> Tensor:
         """Logits of one row that holds all documents."""
@@ -226,7 +228,7 @@ def _documents(job: Job, run: Pieces) -> Iterator[Check]:
                 Measure(f"logits of document {number}", _apart(together[place], alone), LOGITS)
             )
         loss, _ = _loss(job, run, loss_fn, [documents])
-        each = sum(_loss(job, run, loss_fn, [[document]])[0] for document in documents)
+        each = sum(_loss(job, run, loss_fn, [group])[0] for group in groups)
         line = f"loss of the row is {loss:.6f}, of its documents {each:.6f}"
         return [*measures, Measure(line, abs(loss - each) / max(1.0, abs(each)), LOSS)]
 
@@ -253,7 +255,9 @@ def _documents(job: Job, run: Pieces) -> Iterator[Check]:
         return [Measure("logits follow the last token", _apart(after, before), LOGITS)]
 
     def masked() -> list[Measure]:
-        silent = [(ids, np.zeros_like(supervised)) for ids, supervised in documents[2:]]
+        # A loss over whole documents has no use for labels: there only padding counts nothing.
+        by_label = getattr(loss_fn, "units", "labels") == "labels"
+        silent = [(ids, np.zeros_like(supervised)) for ids, supervised in documents[2:]] * by_label
         with_row, gradients = _loss(job, run, loss_fn, [documents[:2], silent], backward=True)
         without, expected = _loss(job, run, loss_fn, [documents[:2], []], backward=True)
         alone, _ = _loss(job, run, loss_fn, [silent], backward=True)
@@ -270,22 +274,35 @@ def _documents(job: Job, run: Pieces) -> Iterator[Check]:
     yield "masked rows count nothing", masked
 
 
-def _some_documents(job: Job, run: Pieces, count: int = 4) -> list[Document]:
-    """Documents with labels, each cut to what lets all share one row."""
+def _some_groups(job: Job, run: Pieces, count: int = 4) -> list[list[Document]]:
+    """`count` documents with labels that fit into one row, or else the ends of such; of pairs those of each together."""
     mixture, length = run.mixture, job.config.data.seq_len // count
     assert isinstance(mixture, Mixture)
-    found: list[Document] = []
-    for source in mixture.sources:
-        for number in range(len(source.documents)):
-            ids, supervised = source.documents.example(number)
-            # The part that ends with a label.
-            last = int(np.flatnonzero(supervised).max(initial=0)) + 1
-            part = slice(max(0, last - length), last)
-            if supervised[part][1:].any():
-                found.append((np.array(ids[part]), np.array(supervised[part])))
-            if len(found) == count:
-                return found
-    raise ValueError(f"{len(found)} documents have labels, {count} are needed: give more rows")
+    stores = [source.documents for source in mixture.sources]
+    group = stores[0].group
+    found: list[list[Document]] = []
+    for whole in (True, False):
+        found = []
+        for store in stores:
+            for first in range(0, len(store), group):
+                documents = [store.example(number) for number in range(first, first + group)]
+                if whole and any(len(ids) > length for ids, _ in documents):
+                    continue
+                cut = [_end(ids, supervised, length) for ids, supervised in documents]
+                if all(supervised[1:].any() for _, supervised in cut):
+                    found.append(cut)
+                if len(found) * group == count:
+                    return found
+    raise ValueError(
+        f"{len(found) * group} documents have labels, {count} are needed: give more rows"
+    )
+
+
+def _end(ids: np.ndarray, supervised: np.ndarray, length: int) -> Document:
+    """A document, or the part of `length` tokens that ends with its last label."""
+    last = int(np.flatnonzero(supervised).max(initial=0)) + 1
+    part = slice(max(0, last - length), last) if len(ids) > length else slice(None)
+    return np.array(ids[part]), np.array(supervised[part])
 
 
 def _batch(job: Job, run: Pieces, rows: Sequence[Sequence[Document]]) -> dict[str, Tensor]:

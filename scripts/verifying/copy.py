@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -22,11 +22,13 @@ from scripts.preparation import open_mixture, prepare, prepare_model, read_token
 from trainer.config import CheckpointConfig, EvaluationConfig, LogConfig
 
 ROWS = 200
-"""Of each source."""
+"""Of each source; with --full as many as make its packed rows if they have so many tokens:"""
+_TOKENS_OF_A_ROW = 16
 STEPS = 4
 SEQ_LEN = 256
 """Tokens of a packed row, more where the rows have no labels in so few."""
 _PACKED_ROWS = 8
+Overlong = Literal["drop", "truncate", "split", "error"]
 # Large enough that what leaks or is missing moves the loss far beyond rounding.
 _INITIALIZER_RANGE = 0.1
 
@@ -49,9 +51,12 @@ def copy_of(
     Raises:
         DataError, ModelError: what the user can mend.
     """
+    rows_read = ROWS
+    if full:
+        rows_read = max(ROWS, global_batch_size * config.data.seq_len // _TOKENS_OF_A_ROW)
     config = replace(
         config,
-        data=_few_rows(config.data, cache_dir, folder),
+        data=_few_rows(config.data, cache_dir, folder, rows_read),
         steps=STEPS,
         global_batch_size=global_batch_size,
         resume="auto",
@@ -88,42 +93,44 @@ def copy_of(
             dtype="float32",
         )
         config = replace(config, model=model)
-        lengths = [config.data.seq_len]
+        attempts = [(config.data.seq_len, config.data.overlong)]
     else:
         config = _with_tiny_model(config, tokenizer, source, folder / "tiny")
-        lengths = list(_lengths(config.data.seq_len, cp=config.parallel.cp))
-    for seq_len in lengths:
-        overlong = config.data.overlong if seq_len == config.data.seq_len else "truncate"
+        attempts = list(_attempts(config.data, cp=config.parallel.cp))
+    for seq_len, overlong in attempts:
         chosen = replace(config, data=replace(config.data, seq_len=seq_len, overlong=overlong))
         try:
             # Tokens of a few rows are of no use to a run: they are not kept in the cache.
             prepared = prepare(chosen, folder, device_type=config.device)
             rows = len(open_mixture(chosen.data, prepared))
         except DataError:
-            if seq_len == lengths[-1]:
+            if (seq_len, overlong) == attempts[-1]:
                 raise
             continue
-        if rows >= _PACKED_ROWS or seq_len == lengths[-1]:
+        if rows >= _PACKED_ROWS:
             break
     if rows < global_batch_size:
         raise DataError(
-            f"the first {ROWS} rows of each source make {rows} packed rows, and a step takes {global_batch_size}; "
+            f"the first {rows_read} rows of each source make {rows} packed rows, and a step takes {global_batch_size}; "
             "give more data, or a smaller data.seq_len"
         )
     return chosen, {**prepared, "evaluation": []}
 
 
-def _lengths(seq_len: int, *, cp: int) -> Iterator[int]:
-    """256, 512, ... rounded up to what `cp` divides, and at last `seq_len`."""
+def _attempts(config: DataConfig, *, cp: int) -> Iterator[tuple[int, Overlong]]:
+    """Lengths of rows, 256, 512, ... rounded up to what `cp` divides, each with what to do with longer examples; at last
+    what is configured.
+    """
     length = SEQ_LEN
-    while (rounded := -(-length // cp) * cp) < seq_len:
-        yield rounded
+    while (rounded := -(-length // cp) * cp) < config.seq_len:
+        yield rounded, "truncate"
+        yield rounded, "drop"  # pairs of answers are not cut
         length *= 2
-    yield seq_len
+    yield config.seq_len, config.overlong
 
 
-def _few_rows(config: DataConfig, cache_dir: Path, folder: Path) -> DataConfig:
-    """The same options for files that hold the first rows of each source; what is prepared stays."""
+def _few_rows(config: DataConfig, cache_dir: Path, folder: Path, count: int) -> DataConfig:
+    """The same options for files that hold the first `count` rows of each source; what is prepared stays."""
     entries, files = [], []
     for number, source in enumerate(source_configs(config)):
         if source.data.prepared is not None:
@@ -131,7 +138,8 @@ def _few_rows(config: DataConfig, cache_dir: Path, folder: Path) -> DataConfig:
         else:
             file = folder / f"rows-{number}.jsonl"
             lines = (
-                json.dumps(row, default=str) + "\n" for row in _first_rows(source.data, cache_dir)
+                json.dumps(row, default=str) + "\n"
+                for row in _first_rows(source.data, cache_dir, count)
             )
             file.write_text("".join(lines), encoding="utf-8")
             files.append({"path": str(file)})
@@ -159,12 +167,12 @@ def _few_rows(config: DataConfig, cache_dir: Path, folder: Path) -> DataConfig:
     return replace(plain, sources=tuple(entries)) if config.sources else replace(plain, **files[0])
 
 
-def _first_rows(config: DataConfig, cache_dir: Path) -> list[Row]:
+def _first_rows(config: DataConfig, cache_dir: Path, count: int) -> list[Row]:
     if config.streaming:
-        rows = islice(stream_rows(config, config.split, cache_dir=cache_dir), ROWS)
+        rows = islice(stream_rows(config, config.split, cache_dir=cache_dir), count)
         return [row for row in rows if row]
     rows = load_rows(config, config.split, cache_dir=cache_dir).rows
-    return [row for row in (rows[i] for i in range(min(ROWS, len(rows)))) if row]
+    return [row for row in (rows[i] for i in range(min(count, len(rows)))) if row]
 
 
 def _with_tiny_model(

@@ -14,19 +14,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from scripts.batching import batch_sizes, slices
+from scripts.batching import slices
 from scripts.config import TrainConfig
 from scripts.dry_run import fingerprints
 from scripts.job import Job
-from scripts.modelling import training_loss
-from scripts.wiring import Pieces, assemble, save_checkpoint, train_steps
-from trainer.crashes import Attempt
+from scripts.wiring import Pieces, assemble, new_job, save_checkpoint, train_steps
 from trainer.distributed import Ranks
 from trainer.goodput import Goodput
 from trainer.loop import to_device
 from trainer.optimizer import learning_rates, set_learning_rate
-from trainer.parallel import data_rank
-from trainer.preemption import StopRequest
 
 # Elements of each gradient that are kept, evenly spread.
 _SAMPLED = 1 << 16
@@ -62,24 +58,9 @@ class Bench:
     def job(self, name: str, **changes: Any) -> Job:
         """A job of this configuration with `changes`, which writes to a folder of its own."""
         config = replace(self.config, **changes)
-        data = data_rank(config.parallel, rank=self.ranks.rank, world_size=self.ranks.world_size)
-        micro, size, accumulation = batch_sizes(config, data.size)
         output_dir = self.folder / name
         output_dir.mkdir(exist_ok=True)
-        return Job(
-            config=config,
-            cache_dir=self.cache_dir,
-            output_dir=output_dir,
-            ranks=self.ranks,
-            data_rank=data,
-            stop=StopRequest(),
-            attempt=Attempt(None, ""),
-            device=self.device,
-            micro_batch_size=micro,
-            global_batch_size=size,
-            grad_accum_steps=accumulation,
-            prepared=self.prepared,
-        )
+        return new_job(config, self.cache_dir, self.ranks, self.device, self.prepared, output_dir)
 
     @contextmanager
     def trained(self, job: Job) -> Iterator[tuple[Pieces, Record]]:
@@ -121,13 +102,12 @@ def _logged_losses(output_dir: Path) -> dict[int, float]:
 def _own_steps(job: Job, run: Pieces, step_fn: OwnStep) -> dict[int, float]:
     """The loop around an own step: batches, learning rate and checkpoints as in trainer/loop.py."""
     config, progress, losses = job.config, run.progress, {}
-    loss_fn = training_loss(config, run.model)
     rates = learning_rates(config.schedule, steps=run.steps, peak=config.optimizer.learning_rate)
     batches = slices(job, run.batches)
     for step in range(progress.step + 1, run.steps + 1):
         micro_batches = [to_device(b, job.device) for b in islice(batches, job.grad_accum_steps)]
         set_learning_rate(run.optimizer, rates(step))
-        losses[step] = float(step_fn(run.model, run.optimizer, micro_batches, loss_fn))
+        losses[step] = float(step_fn(run.model, run.optimizer, micro_batches, run.loss))
         progress.step, progress.samples = step, progress.samples + job.global_batch_size
         if step % config.checkpoint.every == 0:
             save_checkpoint(job, run, progress, lambda _: None)

@@ -43,6 +43,20 @@ def whole_and_supervised(tokenizer: Any, row: dict[str, Any], **options: Any) ->
     return tokenizer.decode(result.input_ids.tolist()), tokenizer.decode(supervised.tolist())
 
 
+def answers(tokenizer: Any, row: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
+    """The text of all tokens of both answers of a pair, and of those that are trained on."""
+    pair = results(tokenizer, [row], **options)
+    assert all(isinstance(result, Encoded) and result.row == 0 for result in pair), pair
+    return [
+        (
+            tokenizer.decode(r.input_ids.tolist()),
+            tokenizer.decode(r.input_ids[r.supervised].tolist()),
+        )
+        for r in pair
+        if isinstance(r, Encoded)
+    ]
+
+
 def reason(tokenizer: Any, row: dict[str, Any], **options: Any) -> str:
     (result,) = results(tokenizer, [row], **options)
     assert isinstance(result, Excluded), result
@@ -72,7 +86,10 @@ def test_the_examples_of_the_documentation_are_rows_of_their_formats(small) -> N
         assert examples
         for row in examples:
             assert choose_format(list(row), "auto", name="rows") == kind
-            whole_and_supervised(small, row)
+            if kind == "preference":
+                assert len(answers(small, row)) == 2
+            else:
+                whole_and_supervised(small, row)
     for kind, (required, optional) in COLUMNS.items():
         (line,) = re.findall(rf"^\| `{kind}` \|(.*)\|$", page, re.M)
         assert set(re.findall(r"`(\w+)`", line)) >= {*required, *optional}
@@ -388,3 +405,54 @@ def test_results_keep_the_order_of_the_rows(small) -> None:
         else:
             assert isinstance(result, Encoded)
             assert small.decode(result.input_ids.tolist()) == f"row {i}<|endoftext|>"
+
+
+def test_a_preference_is_two_conversations_of_which_the_last_answer_counts(small) -> None:
+    said = [("user", "a"), ("assistant", "one"), ("user", "b")]
+    prompt = [{"role": role, "content": text} for role, text in said]
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("good", "bad"))
+    begin = (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nb"
+    )
+    expected = [
+        (f"{begin}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n", f"{text}<|im_end|>")
+        for text in ("good", "bad")
+    ]
+    for row in (
+        {"prompt": prompt, "chosen": good, "rejected": bad},
+        {"chosen": prompt + good, "rejected": prompt + bad},
+        {"prompt": prompt, "chosen": "good", "rejected": "bad"},
+        {"prompt": "not read", "chosen": prompt + good, "rejected": prompt + bad},
+    ):
+        assert answers(small, row) == expected
+        assert answers(small, row, control_tokens="plain", packing="none") == expected
+    (first, _) = answers(small, {"prompt": "b", "chosen": "good", "rejected": "bad"})
+    assert first[0].startswith("<|im_start|>user\nb<|im_end|>")
+
+
+def test_a_preference_that_lacks_a_side_is_excluded_whole(small) -> None:
+    whole = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert reason(small, {**whole, "rejected": ""}) == "content is empty"
+    assert reason(small, {**whole, "chosen": None}) == "chosen is not a list"
+    assert reason(small, {**whole, "prompt": None}) == (
+        "chosen begins with an answer, and there is no prompt"
+    )
+    mixed = results(small, [whole, {**whole, "rejected": ""}, {**whole, "chosen": ""}, whole])
+    assert [(result.row, isinstance(result, Excluded)) for result in mixed] == [
+        (0, False), (0, False), (1, True), (2, True), (3, False), (3, False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "remedy"),
+    [
+        ("overlong", "truncate", "use drop or error"),
+        ("overlong", "split", "use drop or error"),
+        ("packing", "fixed", "use best_fit or none"),
+        ("expand_turns", True, "use false"),
+    ],
+)
+def test_what_would_tear_pairs_apart_is_refused(small, option, value, remedy) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(DataError, match=f"data.{option} {value} would tear pairs .* {remedy}"):
+        results(small, [row], **{option: value})

@@ -21,9 +21,10 @@ from data.chat import Encoded, encode_conversations
 from data.config import DataConfig
 from data.errors import DataError
 from data.ledger import Ledger
+from data.mixture import mix
 from data.prepare import PART_ROWS, Task, new_task, prepare_tokens, write_parts
 from data.sources import Source, load_rows, stream_rows
-from data.store import open_tokens
+from data.store import open_tokens, pack_store
 
 CONFIG = DataConfig(seq_len=64, max_bad_rows_pct=100)
 
@@ -368,3 +369,44 @@ def test_broken_lines_stop_unless_they_are_to_be_skipped(
     assert [number for number, row in enumerate(streamed) if not row] == bad
     with pytest.raises(DataError, match=place):
         list(stream_rows(error, "train", cache_dir=tmp_path))
+
+
+def _pair(chosen: str, rejected: str) -> dict[str, Any]:
+    return {"prompt": "q", "chosen": chosen, "rejected": rejected}
+
+
+def test_pairs_stay_together_or_are_left_out_together(tokenizer, cache_dir: Path) -> None:
+    rows = [_pair("b" * n, "c" * (7 * n % 11 + 1)) for n in range(1, 30)]
+    rows[3:3] = [_pair("fine", LONG), _pair(LONG, "fine"), _pair("fine", "")]
+    folder = prepare_tokens(_source(rows), tokenizer, CONFIG, cache_dir=cache_dir)
+    ledger, store = _ledger(folder), open_tokens(folder)
+    assert (ledger.rows_read, ledger.rows_used, ledger.overlong_dropped) == (32, 29, 2)
+    assert ledger.examples == len(store) == 58 and store.group == 2
+    assert ledger.tokens_read == ledger.tokens + ledger.tokens_dropped
+    assert len(store.first(5)) == 10
+    for method in ("best_fit", "none"):
+        packed = pack_store(store, method=method, seq_len=CONFIG.seq_len)
+        rows_of = [packed.packs.documents(row).tolist() for row in range(len(packed.packs))]
+        assert sorted(number for row in rows_of for number in row) == list(range(58))
+        assert all(
+            first % 2 == 0 and second == first + 1
+            for row in rows_of
+            for first, second in zip(row[::2], row[1::2], strict=True)
+        )
+        assert all(store.lengths[row].sum() <= CONFIG.seq_len for row in rows_of)
+    assert len(rows_of) == 29
+    # Each half would fit, but not the two of them.
+    tight = replace(CONFIG, seq_len=20, overlong="error")
+    with pytest.raises(DataError, match=r"row 0 has \d+ tokens in all its answers, more than"):
+        prepare_tokens(_source(rows), tokenizer, tight, cache_dir=cache_dir)
+
+
+def test_pairs_and_other_rows_do_not_mix(tokenizer, cache_dir: Path) -> None:
+    stores = []
+    for rows in ([_pair("a", "b")] * 3, [_row("a")] * 3):
+        source = _source(rows, fingerprint=f"{rows[0].keys()}")
+        tokens = open_tokens(prepare_tokens(source, tokenizer, CONFIG, cache_dir=cache_dir))
+        stores.append(pack_store(tokens, method="best_fit", seq_len=CONFIG.seq_len))
+    assert len(mix(stores[:1])) == 2
+    with pytest.raises(DataError, match="has pairs of answers and memory has none"):
+        mix(stores)

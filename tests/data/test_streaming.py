@@ -373,3 +373,15 @@ def test_what_the_source_raises_comes_out(tokenizer) -> None:
     )
     with pytest.raises(DataError, match=r"^rows: line 13 is not JSON$"):
         _take(stream, 100)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_streamed_pairs_stay_together(tokenizer, packing: Any) -> None:
+    rows = [{"prompt": "q", "chosen": "b" * (i % 9 + 1), "rejected": "c"} for i in range(40)]
+    config = replace(CONFIG, format="preference", packing=packing, seq_len=64)
+    for batch in _take(_stream(tokenizer, rows, config), 6):
+        found = list(_documents(batch))
+        assert len(found) == 4 or (packing == "best_fit" and len(found) % 2 == 0)
+        for number, document in enumerate(found):
+            answer = tokenizer.decode(document).split("assistant\n")[1]
+            assert answer.strip("bc") == "<|im_end|>\n" and answer[0] == "bc"[number % 2]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from models.build import build_model
 from models.flops import training_flops
 from scripts.benchmark import main
-from scripts.benchmarks import gpu, limit, overhead, workload
+from scripts.benchmarks import gpu, limit, overhead, scaling, start, workload
 from scripts.benchmarks import step as step_benchmark
 from scripts.benchmarks.data import NO_TRL
 from scripts.benchmarks.trainers import Work
@@ -257,7 +258,9 @@ def test_gpu_command_on_a_cpu(
     found = json.loads(file.read_text())["parts"]
     assert "parallel.compiled" in found.pop("tiny, unknown")["failed"]
     assert not [name for name, part in found.items() if "failed" in part]
-    assert len(found["saves"]["stall_seconds"]) == gpu.WARM_UP + 2
+    saves = found["saves"]["saves"]
+    assert len(saves) == gpu.WARM_UP + 2
+    assert all(0 < save["stall_seconds"] < save["durable_seconds"] for save in saves)
     assert found["peers"]["ratios"]["plain"]["times_faster"] > 0
     measured = json.loads(kept.read_text())
     assert measured["format"] == gpu.FORMAT
@@ -270,3 +273,49 @@ def test_gpu_command_on_a_cpu(
     assert {(rate["m"], rate["n"], rate["k"]) for rate in rates} == {(64, 64, 64), (64, 192, 64)}
     printed = capsys.readouterr().out
     assert "| tiny, usual |" in printed and "tiny, unknown: " in printed
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_scaling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: None
+) -> None:
+    settings = {
+        "SHAPE": replace(TINY, micro_batch_size=8),
+        "RANKS": (1, 2),
+        "SEQ_LENS": (64, 256),
+        "ACCUMULATION": (1, 4),
+        "MILLIONS_OF_ROWS": (0.02, 0.08),
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(scaling, name, value)
+    file = tmp_path / "numbers.json"
+    assert main(["scaling", "--steps=1", "--repeats=1", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    series = result["series"]
+    assert [list(sides) for sides in series.values()] == [["1", "2"], ["64", "256"], ["1", "4"]]
+    for sides in series.values():
+        for side in sides.values():
+            assert side["tokens_per_second"] > 0 < side["cpu_microseconds_per_token"]
+    few, many = result["packing"].values()
+    assert many["index_mib"] == pytest.approx(4 * few["index_mib"], rel=0.01)
+    assert "| micro-batches per step | 4 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_server()
+    monkeypatch.setattr(start, "SHAPE", TINY)
+    file = tmp_path / "numbers.json"
+    assert main(["start", "--job=folder", "--repeats=1", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert set(result["runs"]) == {"folder, cold", "folder, warm"}
+    for side in result["runs"].values():
+        assert side["seconds"] > side["beyond_imports_seconds"]
+        assert side["cpu_seconds"] > 1  # of the process itself, which has imported torch
+    where = result["where"]["folder"]
+    assert max(where, key=where.__getitem__) == start.IMPORTING
+    assert set(start.PHASES.values()) - set(where) == set()
+    assert "| first step | " in capsys.readouterr().out

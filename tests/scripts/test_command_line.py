@@ -37,7 +37,7 @@ def flatten(config: object, prefix: str = "") -> dict[str, object]:
     items = config if isinstance(config, dict) else asdict(config)  # type: ignore[call-overload]
     flat: dict[str, object] = {}
     for key, value in items.items():
-        if isinstance(value, dict) and key != "overrides":
+        if isinstance(value, dict) and key not in ("overrides", "loss_options"):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
@@ -561,3 +561,17 @@ def test_a_switch_alone_is_true(argv: list[str]) -> None:
     config = parse_train_config(argv)
     assert config.dry_run and not parse_train_config(["--dry_run", "false"]).dry_run
     assert config.seed == (3 if "--seed" in argv else 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--loss_options={beta: 1}"], "--loss_options are arguments of an own loss: give --loss"),
+        (["--loss=a.b", "--loss_options={a-b: 1}"], "--loss_options must have names of arguments"),
+        (["--loss=a.b", "--loss_options=3"], "--loss_options: expected a mapping"),
+    ],
+)
+def test_options_of_a_loss_are_its_arguments(flags: list[str], line: str) -> None:
+    assert line in error_of(*flags)
+    config = parse_train_config(["--loss=a.b", "--loss_options={beta: 0.1, names: [a, b]}"])
+    assert config.loss_options == {"beta": 0.1, "names": ["a", "b"]}

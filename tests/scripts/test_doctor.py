@@ -12,14 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3NextConfig
 
 from data.config import DataConfig
+from models.build import parse_model_config
 from models.config import LoraConfig, ModelConfig
 from scripts import collective
 from scripts import doctor as doctor_module
 from scripts.collective import check_collective
+from scripts.command_line import parse_train_config
 from scripts.config import TrainConfig
-from scripts.doctor import check_fit, check_job, main
+from scripts.doctor import check_fit, check_job, main, plan_job
 from scripts.environment import cache_settings
 from scripts.machine import (
     Finding,
@@ -34,7 +37,7 @@ from scripts.machine import (
     check_versions,
     file_system,
 )
-from scripts.what_fits import MODELS, recipes
+from scripts.planner.facts import find_model
 from tests.support.command import ROOT
 from tests.support.hub import LoopbackHub
 from tests.support.ranks import free_port
@@ -262,15 +265,19 @@ def test_a_small_or_read_only_disk_is_an_error(tmp_path: Path) -> None:
 
 
 def test_memory_is_compared_with_what_there_is() -> None:
-    (config,) = [config for file, *_, config in recipes() if file.name == "qwen3-8b.yaml"]
-    shape = MODELS["Qwen3-8B"]
-    levels = [
-        check_fit(config, shape, world_size=2, memory=gigabytes * 1e9).level
-        for gigabytes in (94, 85, 80)
-    ]
-    assert levels == ["ok", "warning", "error"]
-    assert check_fit(config, shape, world_size=2, memory=None).level == "ok"
-    assert check_fit(config, shape, world_size=3, memory=None).what == "batch"
+    config = parse_train_config(["--config", str(ROOT / "scripts" / "recipes" / "qwen3-8b.yaml")])
+    model = parse_model_config(find_model("Qwen/Qwen3-8B"), config.model, "Qwen/Qwen3-8B")
+    plan, unplanned = plan_job(config, model, world_size=2)
+    assert plan is not None and not unplanned
+    # Masters, gradients and state of half of the parameters are 65 GB, and gathered layers and activations come on top.
+    found = [check_fit(plan, world_size=2, memory=gibibytes * _GIB) for gibibytes in (120, 90, 62)]
+    assert _levels(found) == ["ok", "warning", "error"]
+    assert "optimizer state" in found[0].text and "there are 120.0" in found[0].text
+    assert check_fit(plan, world_size=2, memory=None).level == "ok"
+    plan, (finding,) = plan_job(config, model, world_size=3)
+    assert plan is None and (finding.level, finding.what) == ("error", "batch")
+    plan, (finding,) = plan_job(config, Qwen3NextConfig(), world_size=2)
+    assert plan is None and finding.level == "warning" and "linear" in finding.text
     assert _levels(check_host_memory(needed=0)) == ["ok"]
     assert _levels(check_host_memory(needed=1e15)) == ["error"]
 

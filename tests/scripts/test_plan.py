@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 
 from scripts.command_line import parse_train_config, to_yaml
+from scripts.config import TrainConfig
 from scripts.plan import main
 from scripts.planned import begin_plan, compare, comparison_table, planned_memory, read_plan
+from scripts.planner.documents import sample, written
 from scripts.planner.facts import GPUS, find_model, shape_of
+from scripts.planner.planning import Plan, make_plan, planned_model
 from scripts.planner.published import (
     PUBLISHED,
     deviation,
     errors_without_own_source,
     read_points,
 )
-from scripts.planner.search import recipe
+from scripts.planner.search import recipe, search
 from scripts.planner.speed import Work
 from tests.support.models import tiny_config
 
@@ -66,14 +69,21 @@ def test_a_known_model_is_planned_without_files(capsys: pytest.CaptureFixture[st
     assert plan["hfu_pct"] > plan["mfu_pct"]
 
 
+def test_the_docs_show_what_the_command_prints() -> None:
+    assert written("sample") == sample(), "python -m scripts.planner.documents sample"
+
+
 def test_the_plan_as_text(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:
     flags = ["--model.path", str(tiny_folder), "--data.seq_len", "64"]
     assert main([*flags, "--gpus", "4", "--parallel.prefetch_layers", "0", "--tokens", "1e6"]) == 0
     out = capsys.readouterr().out
 
     assert "on 4 x h100-nvl" in out
-    assert "80 Gb/s: a step waits for it" in out  # two machines
-    for line in ("memory ", "speed ", "step ", "run "):
+    assert "bound by communication (network)" in out  # two machines
+    assert (
+        "note     bound by communication: 2 machines of 2 h100-nvl, joined by 80 Gb/s each" in out
+    )
+    for line in ("memory ", "speed ", "step ", "run ", "remedy "):
         assert f"\n{line}" in out
     header, *rows = out.split("\n\n")[1].splitlines()
     assert header.startswith("GiB") and header.endswith("all")
@@ -98,6 +108,10 @@ def test_flags_change_the_plan(capsys: pytest.CaptureFixture[str], tiny_folder: 
     assert fewer["memory_allocated_gib"] < plain["memory_allocated_gib"]
     assert "parameters" not in offloaded["memory_parts_gib"]
     assert offloaded["memory_allocated_gib"] < plain["memory_allocated_gib"]
+    # Masters, gradients and AdamW's state, shared by two; padding to 512 bytes a tensor comes on top.
+    held = 16 * plain["parameters"] / 2 / 2**30
+    assert plain["memory_host_gib"] == 0
+    assert held < offloaded["memory_host_gib"] < 1.3 * held
 
 
 @pytest.mark.parametrize(
@@ -124,9 +138,8 @@ def test_a_mistake_is_one_line(
 def test_the_interval_holds_what_was_measured_and_grows_where_little_is_known() -> None:
     points, _ = read_points(PUBLISHED)
     off = np.abs(np.log1p(errors_without_own_source(points) / 100))
-    some = range(0, len(points), 8)
-    inside = [off[i] < 1.645 * deviation(points[i].work) for i in some]
-    assert np.mean(inside) >= 0.8
+    inside = [off[i] < 1.645 * deviation(point.work) for i, point in enumerate(points)]
+    assert np.mean(inside) >= 0.9  # as docs/planning.md says
 
     shape = shape_of(find_model("Qwen/Qwen3-8B"))
     usual = Work(shape, GPUS["h100-sxm"], 8, tokens=8192, squared_lengths=8192.0**2)
@@ -232,6 +245,27 @@ def test_search_writes_the_fastest_way_that_fits(
     assert len(ways) == 8 and speeds == sorted(speeds, reverse=True)  # 4 modes, 1 or 2 rows
     assert ways[0].startswith("2 rows, recompute none")
     assert parse_train_config(["--config", str(file)]).micro_batch_size == 2
+
+
+@pytest.mark.slow
+def test_the_last_resort_is_a_recipe_that_train_takes(tmp_path: Path) -> None:
+    flags = ["--model.name", "Qwen/Qwen3-0.6B", "--data.seq_len", "512"]
+    config = parse_train_config(flags)
+    name, hf_config = planned_model(config, None)
+    # 16 bytes a parameter fit neither the GPUs nor the host; 2 and adapters do.
+    small = replace(GPUS["h100-nvl"], torch_gib=4.0, host_gib=4.0)
+
+    def make(config: TrainConfig) -> Plan:
+        return make_plan(config, name, hf_config, gpu=small, gpus=2)
+
+    found = search(config, make, gpu=small, gpus=2)
+    assert found and all("LoRA 16" in one.how for one in found)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe(found[0].config), encoding="utf-8")
+    assert parse_train_config(["--config", str(file)]) == found[0].config
+    # Without pretrained weights there is nothing to adapt.
+    random = parse_train_config([*flags, "--model.init", "random"])
+    assert search(random, make, gpu=small, gpus=2) == []
 
 
 def test_the_same_run_on_more_gpus(capsys: pytest.CaptureFixture[str], tiny_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from transformers import AutoConfig, Qwen2MoeConfig
 
 from models.flops import training_flops
 from scripts.plan import main
+from scripts.planner.advice import explain_communication
+from scripts.planner.constants import fitted_constants
 from scripts.planner.facts import GPUS, find_gpu, find_model, known_models, shape_of
 from scripts.planner.published import (
     PUBLISHED,
@@ -19,7 +22,8 @@ from scripts.planner.published import (
     read_points,
     refit,
 )
-from scripts.planner.speed import Work, fitted_constants, predict
+from scripts.planner.speed import NETWORK, Work, predict
+from tests.support.models import tiny_model
 
 QWEN = shape_of(find_model("Qwen/Qwen3-8B"))
 WORK = Work(QWEN, GPUS["h100-sxm"], 8, tokens=8192, squared_lengths=8192.0 * 4096)
@@ -59,12 +63,68 @@ def test_evaluate_ends_with_the_mean_error(
     assert any("Foo-9B" in line for line in out)
 
 
-@pytest.mark.parametrize("content", ["", "source,model\na,b\n"])
+HEADER, FIRST = PUBLISHED.read_text(encoding="utf-8").splitlines()[:2]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model": "Foo-9B"}, "'Foo-9B' is not known"),
+        ({"gpu": "A100 80GB"}, "'A100 80GB' is not known"),
+        ({"gpu": "H100 PCIe"}, "'H100 PCIe' is not known"),
+        ({"gpus": "eight"}, "gpus is 'eight', no number above 0"),
+        ({"gpus": "7.5"}, "gpus is '7.5', no whole number"),
+        ({"seq_len": ""}, "seq_len is 'empty', no number above 0"),
+        ({"micro_batch": "0"}, "micro_batch is '0', no number above 0"),
+        ({"tokens_per_second_per_gpu": "-3"}, "tokens_per_second_per_gpu is '-3'"),
+        ({"tokens_per_second_per_gpu": "nan"}, "tokens_per_second_per_gpu is 'nan'"),
+        ({"tokens_per_second_per_gpu": "1e999"}, "tokens_per_second_per_gpu is '1e999'"),
+        ({"sharding": "FSDP2 TP 16"}, "'fsdp2 tp 16' does not go into 8 GPUs"),
+        ({"sharding": "tp0"}, "'tp0' does not go into 8 GPUs"),
+        ({"sharding": "PP4"}, "pipeline parallelism is not predicted"),
+        ({"gpus": "12", "sharding": "HSDP"}, "12 GPUs are no whole number of nodes"),
+    ],
+)
+def test_a_row_that_cannot_be_predicted_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], told: str
+) -> None:
+    row = dict(zip(HEADER.split(","), FIRST.split(","), strict=False)) | change
+    file = tmp_path / "odd.csv"
+    file.write_text("\n".join([HEADER, FIRST, "", ",".join(row.values())]), encoding="utf-8")
+
+    assert main(["--evaluate", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("left out: odd.csv line 4: ")] == lines[2:3]
+    assert told in lines[2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grad_accum": "?", "ac": "", "compile": "", "sharding": "", "precision": ""},
+        {"gpus": "8.0", "seq_len": "32,768", "tokens_per_second_per_gpu": " 16 291 "},
+        {"source": "", "note": ""},
+    ],
+)
+def test_numbers_are_read_as_people_write_them(tmp_path: Path, change: dict[str, str]) -> None:
+    row = dict(zip(HEADER.split(","), FIRST.split(","), strict=False)) | change
+    file = tmp_path / "odd.csv"
+    lines = [HEADER, ",".join(f'"{value}"' for value in row.values())]
+    file.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+
+    (point,), skipped = read_points(file)
+    assert not skipped
+    assert (point.work.gpus, point.work.tokens, point.measured) == (8, 32768, 16291)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"source,model\na,b\n", b"\xff\xfe\x00\x01", HEADER.encode() + b'\n"a\x00']
+)
 def test_a_table_without_measurements_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
     file = tmp_path / "bad.csv"
-    file.write_text(content)
+    file.write_bytes(content)
 
     assert main(["--evaluate", str(file)]) == 1
     error = capsys.readouterr().err
@@ -119,6 +179,8 @@ def test_model_flops_are_those_of_the_trainer() -> None:
         ({"gpu": GPUS["h200"]}, {}),
         ({}, {"gpu": GPUS["h100-nvl"], "gpus": 4}),
         ({"grad_accum_steps": 8}, {}),
+        ({"grad_accum_steps": 8}, {"grad_accum_steps": 8, "accumulation": "sharded"}),
+        ({}, {"float32": True}),
         ({}, {"gpus": 512}),
     ],
 )
@@ -133,8 +195,27 @@ def test_machines_joined_by_ethernet_are_bound_by_it() -> None:
     two = predict(replace(WORK, gpu=GPUS["h100-nvl"], gpus=4))
 
     assert one.bound_by == "matmul"
-    assert two.bound_by == "network"
+    assert two.bound_by == NETWORK
     assert two.tokens_per_second_per_gpu < one.tokens_per_second_per_gpu / 2
+
+
+def test_what_machines_joined_by_ethernet_wait_for_is_named_with_what_is_faster() -> None:
+    work = replace(WORK, gpu=GPUS["h100-nvl"], gpus=4)
+    constants = fitted_constants()
+    (why,), remedies = explain_communication(work, predict(work), constants, rows=8)
+
+    assert why.startswith(
+        "bound by communication: 2 machines of 2 h100-nvl, joined by 80 Gb/s each (8."
+    )
+    now = float(re.search(r", ([\d,]+) as it is", remedies[0])[1].replace(",", ""))  # type: ignore[index]
+    assert now == pytest.approx(4 * predict(work).tokens_per_second_per_gpu, abs=1)
+    best = "--parallel.dp_replicate 2 --parallel.dp_shard 2 --parallel.accumulation sharded"
+    assert f"{best} --global_batch_size 64" in remedies[1]
+    hybrid = predict(replace(work, shards=2, grad_accum_steps=8, accumulation="sharded"))
+    assert remedies[1].startswith(f"{4 * hybrid.tokens_per_second_per_gpu:,.0f} with")
+    assert any("on one of the machines alone" in remedy for remedy in remedies)
+    for other in (replace(work, gpus=2), replace(work, gpu=GPUS["h100-sxm"], gpus=8)):
+        assert explain_communication(other, predict(other), constants, rows=8) == ([], [])
 
 
 def test_known_models_have_the_parameters_of_their_names() -> None:
@@ -150,5 +231,24 @@ def test_names_are_found_as_people_write_them() -> None:
     assert find_model("meta-llama/Llama-3.1-8B-Instruct") == find_model("Llama3-8B")
     assert find_gpu("H100 96GB HBM2e 500W").capped_power
     assert find_gpu("NVIDIA H100 NVL").name == "h100-nvl"
-    with pytest.raises(KeyError):
-        find_gpu("A100")
+    for unknown in ("A100", "H100 PCIe"):
+        with pytest.raises(KeyError):
+            find_gpu(unknown)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_in_closed_form_are_those_of_the_model(kind: str, tied: bool) -> None:
+    model = tiny_model(kind, tied=tied)
+    shape = shape_of(model.hf.config.to_dict())
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    layer = model.hf.base_model.layers[0]
+    assert shape.layer_parameters == sum(p.numel() for p in layer.parameters())
+
+
+def test_models_have_the_parameters_their_cards_say() -> None:
+    # From the model cards of Qwen2.5 and Qwen3, in thousand millions.
+    cards = {"Qwen2.5-7B": 7.61, "Qwen2.5-72B": 72.7, "Qwen3-8B": 8.2, "Qwen3-30B-A3B": 30.5}
+    cards |= {"Qwen2.5-0.5B": 0.49, "Qwen3-14B": 14.8, "Qwen3-235B-A22B": 235.0}
+    for name, card in cards.items():
+        assert shape_of(find_model(name)).parameters / 1e9 == pytest.approx(card, rel=0.01), name

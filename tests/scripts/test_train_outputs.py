@@ -95,7 +95,9 @@ def test_the_folder_holds_what_was_promised(run: Run) -> None:
         "metrics.jsonl",
         "model",
         "profile",
+        "report.html",
         "run.json",
+        "samples.jsonl",
         "tensorboard",
     ]
     assert [path.name for path in (run.output_dir / "checkpoints").iterdir()] == ["step-00000004"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import sys
@@ -14,17 +15,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data.embedded import build_tokenizer
 from scripts.environment import cache_settings
 from scripts.verifying.checks import Measure, Result, compare_gradients, compare_runs, make
 from scripts.verifying.runs import Record
 from scripts.verifying.table import line, ranks_of
 from tests.support.command import ROOT, CommandResult, clean_environment, run_command
+from tests.support.models import tiny_model
 from tests.support.ranks import run_ranks
 from tests.support.tiny import write_chat, write_model
 from trainer.config import ParallelConfig
 
 OWN = __name__
 SCRIPT = str(ROOT / "scripts" / "verify.py")
+MOST = "--only=[packed, document, later, masked, tied, reload, export, accum, kept, resume, ranks]"
 ALONE = "--only=[packed, document, later, masked, tied, reload, export, accumulation, kept, resume]"
 
 
@@ -58,7 +62,7 @@ def forget_tie(model: Any) -> None:
 
     load = modelling.load_weights
 
-    def load_both(model: Any, folder: Path) -> Any:
+    def load_both(model: Any, folder: Path, **_: Any) -> Any:
         report = load(model, folder, initialised=["lm_head.weight"])
         with torch.no_grad():
             model.head.weight.copy_(model.embedding.weight)
@@ -241,6 +245,55 @@ def test_a_configuration_of_its_own_holds(tmp_path: Path, family: Any) -> None:
     result = command(tmp_path, *flags)
     assert failed(result) == set(), result.output
     assert "4 ranks = 1 rank" in result.stdout
+
+
+@pytest.mark.distributed
+def test_pairs_of_answers_are_proven_together(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{n}?", "chosen": f"{n}.", "rejected": "no " * (n % 9 + 1)} for n in range(200)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = [f"--data.path={file}", "--loss=scripts.examples.dpo.DPO"]
+    result = verify(tmp_path, *flags, "--only=[packed, document, masked, accumulation]")
+    assert failed(result) == set(), result.output
+    assert "all 4 checks hold" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (["--full=true", "--data.seq_len=1024"], 2),
+        (["--data.streaming=true", "--steps=10"], 2),
+        (["--lora.rank=4", "--lora.dropout=0.1"], 2),
+        (["--model.train_last_layers=1"], 2),
+        (["--parallel.tp=2"], 4),
+        (["--parallel.cp=2"], 4),
+    ],
+    ids=["full", "streaming", "lora", "last-layers", "tp", "cp"],
+)
+def test_ways_to_train_hold(tmp_path: Path, flags: list[str], ranks: int) -> None:
+    tiny = write_model(tmp_path / "model", trained=False, max_position_embeddings=1024)
+    chat = write_chat(tmp_path / "chat.jsonl", count=1000)
+    result = command(tmp_path, f"--model.path={tiny}", f"--data.path={chat}", *flags, MOST)
+    assert failed(result) == set(), result.output
+    assert f"{ranks} ranks = 1 rank" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe"])
+def test_a_mixture_of_experts_holds(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "model"
+    model = tiny_model(kind, vocab_size=576, max_position_embeddings=512)
+    build_tokenizer(folder)
+    model.hf.save_pretrained(folder)
+    flags = [f"--model.path={folder}", f"--data.path={write_chat(tmp_path / 'chat.jsonl')}"]
+    result = command(tmp_path, *flags, "--data.seq_len=256", MOST)
+    assert failed(result) == set(), result.output
+    assert "2 ranks = 1 rank" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer import goodput
-from trainer.goodput import FILE, Goodput, goodput_table
+from trainer.goodput import FILE, Goodput, goodput_table, read_goodput
 
 
 class _Clock:
@@ -66,6 +66,8 @@ def test_every_second_of_a_run_with_a_crash_and_a_stop_is_accounted_for(
         "restarts": 1,
         "goodput_pct": round(100 * 7.5 / 42, 2),
     }
+    assert read_goodput(tmp_path) == pytest.approx(run.totals())
+    assert read_goodput(tmp_path / "none") == {}
     table = goodput_table(run.totals()).splitlines()
     assert table[0].split()[:5] == ["productive", "7.5", "s", "17.9", "%"]
     assert table[-1].split() == ["goodput", "17.9", "%"]

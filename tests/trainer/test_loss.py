@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import loss as loss_module
-from trainer.loss import linear_cross_entropy_sum, load_balancing_loss
+from trainer.loss import linear_cross_entropy_sum, load_balancing_loss, map_logits
 
 N, D, V = 37, 16, 53
 
@@ -193,3 +193,50 @@ def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         linear_cross_entropy_sum(hidden, weight, targets)[0].backward()
     with_vocabulary = [shape for shape in record.shapes if V in shape and D not in shape]
     assert with_vocabulary and max(max(set(s) - {V}, default=0) for s in with_vocabulary) <= 8
+
+
+def _entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """[n, 2]: two values for each token, that both need every logit."""
+    entropy = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+    return torch.stack([entropy, F.cross_entropy(logits, targets, reduction="none")], 1)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 7, N, 10 * N])
+def test_a_function_of_logits_in_chunks_is_that_of_full_logits(
+    monkeypatch: pytest.MonkeyPatch, rows_per_chunk: int
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows_per_chunk * 4 * V)
+    hidden, weight, targets = _inputs()
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    expected, values = _entropies(h @ w.T, targets), map_logits(_entropies, hidden, weight, targets)
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-6)
+    factors = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (values * factors).sum().backward()
+    (expected * factors).sum().backward()
+    torch.testing.assert_close(hidden.grad.double(), h.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), w.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_function_of_logits_of_a_frozen_head_and_of_no_tokens() -> None:
+    hidden, weight, targets = _inputs()
+    values = map_logits(_entropies, hidden, weight.detach(), targets)
+    values.sum().backward()
+    assert hidden.grad is not None and weight.grad is None
+    hidden, weight, targets = _inputs(n=0)
+    values = map_logits(_entropies, hidden, weight, targets)
+    assert values.shape == (0, 2)
+    values.sum().backward()
+    assert not weight.grad.any()
+
+
+def test_a_function_of_logits_in_bf16_accumulates_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 16 * 4 * V)
+    hidden, weight, targets = _inputs(torch.bfloat16, n=1000)
+    value, hidden_grad, weight_grad = _reference(hidden, weight, targets)
+    loss = -map_logits(loss_module.log_probabilities, hidden, weight, targets).sum()
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double().detach(), value, rtol=5e-4, atol=0)
+    for ours, exact in ((hidden.grad, hidden_grad), (weight.grad, weight_grad)):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - exact).norm() < 2**-7 * exact.norm()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.config import LogConfig
-from trainer.metrics import MetricsWriter, forget_after
+from trainer.metrics import MetricsWriter, by_group, forget_after
 
 QUIET = LogConfig(tensorboard=False, progress=False)
 
@@ -72,20 +74,81 @@ def test_nothing_to_forget_leaves_the_file_alone(tmp_path: Path) -> None:
     assert file.read_text() == '{"step": 3}\n' and file.stat().st_ino == before
 
 
-def test_tensorboard_has_the_numbers_in_groups(tmp_path: Path) -> None:
+def test_numbers_are_in_groups_and_what_is_no_number_is_left_out() -> None:
+    row = _row(1, mfu_pct=None, memory_peak_gib=2, tokens=9, own_penalty=0.5, grad_norm=math.inf)
+    assert by_group(row) == {
+        "train/loss": 1.5,
+        "train/own_penalty": 0.5,
+        "speed/tokens_per_second": 10.0,
+        "speed/step_seconds": 2.0,
+        "memory/memory_peak_gib": 2.0,
+        "data/tokens": 9.0,
+    }
+    assert by_group({"step": 1, "eval_loss": 2.5, "own": 1}) == {
+        "evaluation/eval_loss": 2.5,
+        "evaluation/own": 1.0,
+    }
+
+
+_SAMPLE = {"prompt": "2 + 2?\nThink.", "expected": "4", "answer": "<b>5</b>"}
+
+
+def test_tensorboard_has_numbers_samples_ledger_and_lengths(tmp_path: Path) -> None:
     config = LogConfig(tensorboard=True, progress=False)
     with MetricsWriter(tmp_path, config, is_first=True, steps=2, step=0) as writer:
+        writer.describe({"config": "seed: 0\nsteps: 2"}, {"1": np.array([3, 3, 200])})
         writer.write(_row(1, mfu_pct=None))
-        writer.write({"step": 1, "eval_loss": 2.5})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        writer.write({"step": 1, "eval_loss": 2.5}, [_SAMPLE, _SAMPLE])
+        writer.write_goodput(2, {"goodput_pct": 50.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0}).Reload()
     assert set(events.Tags()["scalars"]) == {
         "train/loss",
         "speed/tokens_per_second",
         "speed/step_seconds",
         "evaluation/eval_loss",
+        "goodput/goodput_pct",
     }
     (event,) = events.Scalars("evaluation/eval_loss")
     assert (event.step, event.value) == (1, 2.5)
+
+    def text(name: str) -> tuple[int, str]:
+        (event,) = events.Tensors(f"{name}/text_summary")
+        return event.step, event.tensor_proto.string_val[0].decode()
+
+    assert text("config") == (0, "    seed: 0\n    steps: 2\n")
+    step, shown = text("samples/2")
+    assert step == 1 and "    2 + 2?\n    Think.\n" in shown and "    <b>5</b>\n" in shown
+    (event,) = events.Histograms("lengths/1")
+    lengths = event.histogram_value
+    assert (lengths.num, lengths.min, lengths.max, lengths.sum) == (3, 3, 200, 206)
+
+
+def test_samples_are_kept_and_forgotten_with_their_steps(tmp_path: Path) -> None:
+    for first, step in ((0, 0), (2, 2)):  # the second goes on behind step 2
+        with MetricsWriter(tmp_path, QUIET, is_first=True, steps=5, step=step) as writer:
+            for later in range(first, first + 4, 2):
+                writer.write({"step": later + 1, "eval_loss": 1.0}, [_SAMPLE])
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert rows == [{"step": step, **_SAMPLE} for step in (1, 3, 5)]
+    with MetricsWriter(tmp_path / "other", QUIET, is_first=False, steps=5, step=0) as writer:
+        writer.write({"step": 1, "eval_loss": 1.0}, [_SAMPLE])
+        writer.describe({"config": "x"}, {})
+    assert not (tmp_path / "other").exists()
+
+
+def test_trackers_get_what_tensorboard_gets(tmp_path: Path) -> None:
+    taken: list[Any] = []
+
+    def track(*entry: Any) -> None:
+        taken.append(entry)
+
+    with MetricsWriter(tmp_path, QUIET, is_first=True, steps=2, step=0, trackers=[track]) as writer:
+        writer.write({"step": 1, "eval_loss": 2.5}, [_SAMPLE])
+        writer.write_goodput(1, {"goodput_pct": 50.0})
+    assert taken == [
+        (1, {"evaluation/eval_loss": 2.5}, [_SAMPLE]),
+        (1, {"goodput/goodput_pct": 50.0}, ()),
+    ]
 
 
 def test_the_progress_bar_shows_loss_and_speed(
