@@ -155,10 +155,8 @@ def test_experts_on_packed_rows(tmp_path: Path, cache_dir: Path, kind: str) -> N
 
 
 @pytest.mark.slow
-def test_an_indexer_goes_with_compiling_and_with_gradients_kept_as_shards(
-    tmp_path: Path, cache_dir: Path
-) -> None:
-    """Qwen4-Exp, two micro-batches a step: each way has the losses of the plain one."""
+def test_an_indexer_goes_with_gradients_kept_as_shards(tmp_path: Path, cache_dir: Path) -> None:
+    """Qwen4-Exp, two micro-batches a step: the losses are those of gradients kept whole."""
     chat = write_chat(tmp_path / "chat.jsonl", count=8)
     model = _write_model(tmp_path / "model", "qwen4_exp_text")
     flags = _flags(
@@ -168,13 +166,11 @@ def test_an_indexer_goes_with_compiling_and_with_gradients_kept_as_shards(
     for name, more in {
         "plain": [],
         "sharded": ["--parallel.accumulation=sharded"],
-        "compiled": ["--parallel.compile", "--parallel.activation_checkpointing=full"],
     }.items():
         out = tmp_path / name
         result = train([*flags, *more], cache_dir=cache_dir, output_dir=out, timeout=280)
         assert result.returncode == 0, result.output
         rows[name] = read_rows(out)
-    for name in ("sharded", "compiled"):
-        for plain, other in zip(rows["plain"], rows[name], strict=True):
-            assert other["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-            assert other["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+    for plain, sharded in zip(rows["plain"], rows["sharded"], strict=True):
+        assert sharded["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert sharded["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
