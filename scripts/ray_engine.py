@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from data.errors import DataError
 from data.prepare import Task, write_part
+from trainer.preemption import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 _ATTEMPTS = 4
@@ -117,6 +119,7 @@ def ray_running(cache_dir: Path, workers: int) -> Iterator[None]:
             "_node_ip_address": "127.0.0.1",
             "_temp_dir": folder,
         }
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             if match := re.fullmatch(r"(?:ray://)?([^/]+):(\d+)", address or ""):
                 # Ray itself tries for minutes.
@@ -135,6 +138,9 @@ def ray_running(cache_dir: Path, workers: int) -> Iterator[None]:
                 f"Ray cannot be {f'reached at {address}' if address else 'started'} ({reason}); "
                 "check RAY_ADDRESS, or use --engine processes"
             ) from error
+        # Ray puts its own in their place, which end this process without a chance to remove anything.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
         DataContext.get_current().enable_progress_bars = False  # there is one of our own
         try:

@@ -93,7 +93,9 @@ class Reader:
             file = self.folder / f"{name}.jsonl"
             file.parent.mkdir(exist_ok=True)
             file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        write_model(self.folder / "outputs" / "demo" / "export")
+        model = self.hub.repositories["models", MODELS[0]]["main"]
+        (self.folder / "outputs" / "demo").mkdir(parents=True)
+        (self.folder / "outputs" / "demo" / "export").symlink_to(model)
 
     # --------------------------------------------------------------------------------- our scripts
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.command import ROOT, CommandResult, clean_environment, run_command
 from tests.support.job import TRAIN, losses, train
+from tests.support.launch import launched
 from tests.support.ranks import free_port
 
 pytestmark = pytest.mark.distributed
@@ -186,3 +187,22 @@ def test_torchrun_as_the_command_of_two_processes_of_azure_ml_is_explained(tmp_p
         assert result.stderr.count("train.py: error: two launchers at once") == 1
         assert "start train.py with python" in result.stderr
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.slow
+def test_the_rank_that_failed_is_named_though_the_launcher_tries_again(tmp_path: Path) -> None:
+    """An error that no restart mends, of the second rank alone: the next attempts end at once, and like the first."""
+    (tmp_path / "own.py").write_text(
+        "import os\nfrom trainer.errors import TrainError\n"
+        "def loss(model, batch):\n"
+        "    if os.environ['RANK'] == '1':\n        raise TrainError('nothing is right')\n"
+        "    return model(batch, lambda hidden, weight: (hidden @ weight.T).sum()), {}\n"
+    )
+    output_dir = tmp_path / "output"
+    env = {**clean_environment(tmp_path / "private"), "PYTHONPATH": str(tmp_path)}
+    flags = [f"--cache_dir={tmp_path / 'cache'}", *FLAGS, "--loss=own.loss"]
+    with launched(flags, output_dir, env=env) as launch:
+        code, log = launch.end(seconds=200)
+    assert code == 1
+    assert log.count("train.py: error: nothing is right") == 1
+    assert log.splitlines()[-1] == "launch.py: rank 1 ended with exit code 1", log

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -364,3 +365,36 @@ print("codes", codes)
         assert listening and all("127.0.0.1" in address for address in listening), listening
     assert not list(Path(env["TMPDIR"]).iterdir())
     assert not (Path(env["HOME"]) / ".ray").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+def test_a_terminated_run_on_ray_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    file = write_chat(tmp_path / "chat.jsonl", count=5000)
+    env, cache = clean_environment(tmp_path), tmp_path / "cache"
+    short = Path(tempfile.mkdtemp(dir="/tmp", prefix="t"))  # sockets need a short path
+    flags = [f"--cache_dir={cache}", f"--data.path={file}", "--data.prepare_workers=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM + "sys.exit(main())", *flags, "--engine=ray"],
+        env=env | {"TMPDIR": str(short)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + 200
+        while len(finished_parts(cache)) < 2 and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    left = [path.name for path in short.iterdir()]
+    shutil.rmtree(short)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert output == "prepare_data.py: stopped by SIGTERM; finished parts are kept\n"
+    assert left == []
+    assert finished_parts(cache)

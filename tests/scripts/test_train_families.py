@@ -42,7 +42,10 @@ def _flags(model: Path, chat: Path, *more: str) -> list[str]:
 def test_linear_attention_and_experts_from_a_vision_language_folder_to_an_export(
     tmp_path: Path, cache_dir: Path
 ) -> None:
-    chat = write_chat(tmp_path / "chat.jsonl", count=4)  # every step sees all of it
+    chat = write_chat(
+        tmp_path / "chat" / "train.jsonl", count=4
+    ).parent  # every step sees all of it
+    write_chat(chat / "test.jsonl", count=3, split="test")
     model = _write_model(tmp_path / "model", "qwen3_5_moe_text")
     text = json.loads((model / "config.json").read_text())
     values = {"model_type": "qwen3_5_moe", "text_config": text, "tie_word_embeddings": True}
@@ -55,7 +58,8 @@ def test_linear_attention_and_experts_from_a_vision_language_folder_to_an_export
     assert not (cache_dir / "tokens").exists() and not (tmp_path / "packed" / "run.json").exists()
 
     flags = _flags(model, chat, "--data.packing=none", "--model.router_aux_loss_coef=0.1")
-    found = {}
+    flags += ["--evaluation.split=test", "--evaluation.max_new_tokens=3"]
+    found, answers = {}, []
     for world_size, micro in ((1, 4), (2, 1)):
         out = tmp_path / f"out-{world_size}"
         result = train(
@@ -65,7 +69,8 @@ def test_linear_attention_and_experts_from_a_vision_language_folder_to_an_export
             output_dir=out,
         )
         assert result.returncode == 0, result.output
-        found[world_size] = read_rows(out)
+        found[world_size] = [row for row in read_rows(out) if "loss" in row]
+        answers.append((out / "samples.jsonl").read_text())
         assert losses(out)[-1] < losses(out)[0]
     for one, two in zip(found[1], found[2], strict=True):
         for name in ("loss", "router_aux_loss"):
@@ -73,6 +78,7 @@ def test_linear_attention_and_experts_from_a_vision_language_folder_to_an_export
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         assert two["expert_load_max_ratio"] == pytest.approx(one["expert_load_max_ratio"], abs=0.02)
         assert one["loss"] > one["router_aux_loss"] > 2
+    assert answers[0] == answers[1] and answers[0].count("\n") == 6
     exported = load_export(tmp_path / "out-2")
     config = json.loads((tmp_path / "out-2" / "export" / "config.json").read_text())
     assert config["model_type"] == "qwen3_5_moe_text" and config["router_aux_loss_coef"] == 0.1
@@ -85,12 +91,17 @@ def test_an_indexer_stays_as_it_was_in_checkpoints_and_exports(
     tmp_path: Path, cache_dir: Path
 ) -> None:
     """Qwen4-Exp: refused packed; Muon, recomputed layers, dry run, resume and both ways to an export."""
-    chat = write_chat(tmp_path / "chat.jsonl", count=8)
+    chat = write_chat(tmp_path / "chat" / "train.jsonl", count=8).parent
+    write_chat(chat / "test.jsonl", count=2, split="test")
     model = _write_model(tmp_path / "model", "qwen4_exp_text")
     run = partial(train, cache_dir=cache_dir)
     for flags, line in (
         ([], "which needs --model.attention sdpa --data.packing none"),
         (["--model.attention=sdpa"], "next; use --data.packing none"),
+        (
+            ["--model.attention=sdpa", "--data.packing=none", "--parallel.compile"],
+            "with the indexers of qwen4_exp_text; leave it out",
+        ),
     ):
         result = run(_flags(model, chat, *flags), output_dir=tmp_path / "refused")
         assert result.returncode == 1 and result.stderr.strip().endswith(line)
@@ -103,6 +114,8 @@ def test_an_indexer_stays_as_it_was_in_checkpoints_and_exports(
         "--optimizer.name=muon",
         "--parallel.activation_checkpointing=full",
         "--checkpoint.every=2",
+        "--evaluation.split=test",
+        "--evaluation.max_new_tokens=3",
     )
     tried = run([*flags, "--dry_run"], output_dir=tmp_path / "tried")
     assert tried.returncode == 0 and "equal in every bit" in tried.stdout, tried.output
@@ -146,10 +159,8 @@ def test_experts_on_packed_rows(tmp_path: Path, cache_dir: Path, kind: str) -> N
 
 
 @pytest.mark.slow
-def test_an_indexer_goes_with_compiling_and_with_gradients_kept_as_shards(
-    tmp_path: Path, cache_dir: Path
-) -> None:
-    """Qwen4-Exp, two micro-batches a step: each way has the losses of the plain one."""
+def test_an_indexer_goes_with_gradients_kept_as_shards(tmp_path: Path, cache_dir: Path) -> None:
+    """Qwen4-Exp, two micro-batches a step: the losses are those of gradients kept whole."""
     chat = write_chat(tmp_path / "chat.jsonl", count=8)
     model = _write_model(tmp_path / "model", "qwen4_exp_text")
     flags = _flags(
@@ -159,13 +170,11 @@ def test_an_indexer_goes_with_compiling_and_with_gradients_kept_as_shards(
     for name, more in {
         "plain": [],
         "sharded": ["--parallel.accumulation=sharded"],
-        "compiled": ["--parallel.compile", "--parallel.activation_checkpointing=full"],
     }.items():
         out = tmp_path / name
         result = train([*flags, *more], cache_dir=cache_dir, output_dir=out, timeout=280)
         assert result.returncode == 0, result.output
         rows[name] = read_rows(out)
-    for name in ("sharded", "compiled"):
-        for plain, other in zip(rows["plain"], rows[name], strict=True):
-            assert other["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-            assert other["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+    for plain, sharded in zip(rows["plain"], rows["sharded"], strict=True):
+        assert sharded["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert sharded["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
