@@ -270,7 +270,10 @@ def test_memory_is_compared_with_what_there_is() -> None:
     plan, unplanned = plan_job(config, model, world_size=2)
     assert plan is not None and not unplanned
     # Masters, gradients and state of half of the parameters are 65 GB, and gathered layers and activations come on top.
-    found = [check_fit(plan, world_size=2, memory=gibibytes * _GIB) for gibibytes in (120, 90, 62)]
+    reserved = plan.reserved_bytes / _GIB  # more than is needed, without what is beside it
+    found = [
+        check_fit(plan, world_size=2, memory=gibibytes * _GIB) for gibibytes in (120, reserved, 62)
+    ]
     assert _levels(found) == ["ok", "warning", "error"]
     assert "optimizer state" in found[0].text and "there are 120.0" in found[0].text
     assert check_fit(plan, world_size=2, memory=None).level == "ok"
