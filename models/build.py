@@ -205,6 +205,14 @@ def check_length(hf_config: PreTrainedConfig, *, seq_len: int) -> None:
         )
 
 
+def check_compiling(hf_config: PreTrainedConfig, *, compiles: bool) -> None:
+    """Refuse to compile an indexer: transformers runs it token by token, and the compiler has a kernel for each."""
+    if compiles and indexed_layers(hf_config):
+        raise ModelError(
+            f"parallel.compile does not come to an end with the indexers of {hf_config.model_type}; leave it out"
+        )
+
+
 def check_packing(hf_config: PreTrainedConfig, *, packing: str, device_type: str) -> None:
     """Refuse rows of several documents where linear attention would carry one into the next.
 

@@ -25,7 +25,13 @@ from data.sources import Row, Source, hub_commit, load_rows, shown_url, stream_r
 from data.store import open_packed, open_tokens, prepare_packs
 from data.streaming import stream_format
 from data.transform import transform_stream, transformed
-from models.build import build_model, check_fits, check_packing, read_model_config
+from models.build import (
+    build_model,
+    check_compiling,
+    check_fits,
+    check_packing,
+    read_model_config,
+)
 from models.errors import ModelError
 from models.hub import check_snapshot, fetch_model
 from models.tokenizer import load_tokenizer
@@ -122,6 +128,7 @@ def prepare_model(
     tokenizer = read_tokenizer(config, cache_dir, str(tokenizer_folder))
     hf_config = read_model_config(chosen, model_folder, tokenizer)
     check_fits(hf_config, tokenizer, seq_len=config.data.seq_len)
+    check_compiling(hf_config, compiles=config.parallel.compile)
     if device_type is not None:
         check_packing(hf_config, packing=config.data.packing, device_type=device_type)
     if trains_part(config):

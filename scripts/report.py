@@ -129,7 +129,9 @@ def _model_name(model: Row) -> str:
 def _state(record: Record) -> str:
     """How far the run is, and on what."""
     run, trained = record.run, _trained(record)
+    stopped_at = record.stopped.get("step", 0) if record.stopped else 0
     step = max((row["step"] for row in record.rows), default=0)
+    step = max(step, stopped_at)  # of which the last few may be in no row
     steps = run.get("steps")
     parts = [f"step {step:,}" + (f" of {steps:,}" if steps else "")]
     if record.stopped:

@@ -66,6 +66,12 @@ def test_the_first_and_the_last_are_side_by_side() -> None:
     assert "step 4 of 4; 2 ranks on CPU; 400 tokens, 200 of them trained on" in page
 
 
+def test_a_run_that_was_stopped_says_where() -> None:
+    stopped = {"signal": "SIGTERM", "step": 6}
+    page = report_page(_record(run={**_record().run, "steps": 9}, stopped=stopped))
+    assert "step 6 of 9; stopped by SIGTERM, to be continued by the same command;" in page
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -98,6 +98,10 @@ def test_an_indexer_stays_as_it_was_in_checkpoints_and_exports(
     for flags, line in (
         ([], "which needs --model.attention sdpa --data.packing none"),
         (["--model.attention=sdpa"], "next; use --data.packing none"),
+        (
+            ["--model.attention=sdpa", "--data.packing=none", "--parallel.compile"],
+            "with the indexers of qwen4_exp_text; leave it out",
+        ),
     ):
         result = run(_flags(model, chat, *flags), output_dir=tmp_path / "refused")
         assert result.returncode == 1 and result.stderr.strip().endswith(line)
