@@ -27,7 +27,7 @@ from trainer.precision import bytes_per_parameter
 _ROOT = Path(__file__).resolve().parents[2]
 _RECIPES = _ROOT / "scripts" / "recipes"
 # In the docs; the command has all.
-SHOWN = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "Qwen/Qwen3-32B")
+SHOWN = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B")
 SAMPLE = "--model.name Qwen/Qwen3-8B --gpus 2 --gpu h100-nvl --data.seq_len 4096 --steps 1000"
 
 

