@@ -19,12 +19,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from trainer.config import CheckpointConfig
 from trainer.distributed import gather
@@ -107,15 +107,7 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[str | None] | None = None
         self._failure: str | None = None
-        on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
+        self._copies: dict[str, Tensor] = {}
         self._verified: Path | None = None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -136,7 +128,7 @@ class Checkpointer:
         write = partial(self._write, step, {**state, "step": step, "scalars": scalars}, _random())
         if self._config.asynchronous:
             # Staged here, before the loop changes the tensors. The copies are reused from save to save.
-            staged: Any = self._stager.stage(tensors)
+            staged = copy_to_host(tensors, self._copies)
             self._under_way = self._writer.submit(write, staged)
             failure = earlier
         else:
@@ -157,7 +149,7 @@ class Checkpointer:
     def close(self) -> None:
         """Let a save in the background end, also when the loop has failed; no save can follow."""
         self._writer.shutdown()
-        self._stager.close()
+        self._copies.clear()
 
     def _settle(self) -> str | None:
         """Wait for a save in the background; returns what went wrong with it, the same on every rank."""
@@ -437,6 +429,37 @@ class Checkpointer:
     def _on_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0; returns its result on every rank. Raises TrainError as `_together`."""
         return self._together(lambda: work() if self._rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def copy_to_host(tensors: Mapping[str, Tensor], copies: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's parts of `tensors` in host memory, sharded as before; from a GPU through pinned memory.
+
+    (torch's DefaultStager copies the description of each DTensor and its mesh as well, which for hundreds of small
+    shards takes as long as the data.)
+
+    Args:
+        tensors: by name, sharded or not.
+        copies: where they are copied to, by name; what is missing or does not fit is made, and reused the next time.
+    """
+    staged: dict[str, Tensor] = {}
+    on_gpu = False
+    for name, tensor in tensors.items():
+        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        copy = copies.get(name)
+        if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
+            copy = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+            copies[name] = copy
+        copy.copy_(local, non_blocking=local.is_cuda)
+        on_gpu |= local.is_cuda
+        if isinstance(tensor, DTensor):
+            # Not from_local, which would bring the copy back to the device of the mesh.
+            staged[name] = DTensor(copy, tensor._spec, requires_grad=False)
+        else:
+            staged[name] = copy
+    if on_gpu:
+        torch.cuda.synchronize()
+    return staged
 
 
 class _Writer(dcp.FileSystemWriter):

@@ -183,7 +183,7 @@ def units_of(loss_fn: LossFunction, batch: Batch) -> int:
     if unit not in UNITS:
         raise TrainError(f"the loss has the units {unit!r}; they must be one of {', '.join(UNITS)}")
     if unit == "labels":
-        return int(batch["counts"][2])
+        return batch["counts"].tolist()[2]
     return int(documents(batch).exists.sum()) // (2 if unit == "pairs" else 1)
 
 

@@ -139,6 +139,7 @@ def test_a_step_waits_for_the_device_once() -> None:
             assert calls == {
                 # Tensors of the host on every device: counts and rows of the loader, and what gloo has summed.
                 "loop.py: train": 1,
+                "loop.py: units_of": micro_batches,
                 "distributed.py: _reduced": 1,
                 "guards.py: <listcomp>": micro_batches,
                 # Without the kernel for variable lengths only: once a micro-batch, for all layers.
