@@ -359,8 +359,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-@pytest.mark.parametrize("literally", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("page", "literally"),
+    [
+        *(pytest.param(page, False, id=page.relative_to(ROOT).as_posix()) for page in PAGES),
+        # In a shell, which a reader's first page and Ray take.
+        *(
+            pytest.param(ROOT / name, True, id=f"{name}, literally", marks=pytest.mark.slow)
+            for name in ("README.md", "docs/prepare.md")
+        ),
+    ],
+)
 def test_every_command_of_a_page(
     page: Path,
     literally: bool,

@@ -77,8 +77,8 @@ def test_S05_a_row_that_the_template_loops_over_stops_the_run(
 
 
 def test_a_row_has_the_time_of_a_row() -> None:
-    def rows(restart: Callable[[], object]) -> Iterator[int]:
-        for row in range(4):
+    def rows(restart: Callable[[], object], count: int = 4) -> Iterator[int]:
+        for row in range(count):
             restart()
             begin = os.times().user  # what is bounded: not the time of system calls, as this one
             while os.times().user - begin < 0.12:
@@ -91,4 +91,4 @@ def test_a_row_has_the_time_of_a_row() -> None:
         pytest.raises(DataError, match=r"^it computes for more than 0\.2 s"),
         bounded("it", seconds=0.2),
     ):
-        list(rows(lambda: None))
+        list(rows(lambda: None, count=40))  # a busy machine counts its ticks late

@@ -259,7 +259,7 @@ def test_what_a_user_must_mend_is_not_tried_again_but_never_refused_either(
 
 
 def test_no_run_is_longer_or_shorter_because_a_clock_is_set() -> None:
-    """The calendar's clock is asked for the time between two processes, and the age of files; never by a timer."""
+    """The calendar's clock is asked for the time between two processes, the age of files, and for what trackers are told; never by a timer."""
     users = [
         file.name
         for package in ("trainer", "data", "models", "scripts")
@@ -267,4 +267,4 @@ def test_no_run_is_longer_or_shorter_because_a_clock_is_set() -> None:
         for line in file.read_text(encoding="utf-8").splitlines()
         if "time.time(" in line or "datetime.now(" in line or "utcnow(" in line
     ]
-    assert sorted(users) == ["goodput.py", "sources.py"]
+    assert sorted(users) == ["goodput.py", "sources.py", "trackers.py"]
