@@ -275,7 +275,7 @@ def test_pairs_of_answers_are_proven_together(tmp_path: Path) -> None:
     ids=["full", "streaming", "lora", "last-layers", "tp", "cp"],
 )
 def test_ways_to_train_hold(tmp_path: Path, flags: list[str], ranks: int) -> None:
-    tiny = write_model(tmp_path / "model", trained=False, max_position_embeddings=1024)
+    tiny = write_model(tmp_path / "model", trained=False, max_position_embeddings=4096)
     chat = write_chat(tmp_path / "chat.jsonl", count=1000)
     result = command(tmp_path, f"--model.path={tiny}", f"--data.path={chat}", *flags, MOST)
     assert failed(result) == set(), result.output
