@@ -405,6 +405,7 @@ def _work(task: Task, numbers: Sequence[int], pipe: Connection) -> None:
     # Ctrl-C is answered by the parent, which ends this one: by an exception, so that no unfinished part stays.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    sys.unraisablehook = ask_again
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         for number in numbers:
@@ -414,6 +415,14 @@ def _work(task: Task, numbers: Sequence[int], pipe: Connection) -> None:
         pipe.send(error)
     finally:
         pipe.close()
+
+
+def ask_again(lost: sys.UnraisableHookArgs) -> None:
+    """A finaliser swallows what is raised while it runs, also the end of this process."""
+    if isinstance(lost.exc_value, SystemExit):
+        threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _end_with_parent() -> None:

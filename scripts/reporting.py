@@ -25,6 +25,7 @@ from scripts.command_line import printable, to_yaml
 from scripts.config import TrainConfig
 from scripts.ledger import anything_left_out, ledger_table
 from scripts.partial import trains_part
+from scripts.report import FILE as REPORT
 from trainer.loop import Progress
 from trainer.parallel import mesh_sizes
 from trainer.precision import precision_table
@@ -186,6 +187,8 @@ def footer(job: Job, before: dict[str, float], after: dict[str, float], *, mfu_p
     if export:
         places = " and ".join(str(job.output_dir / name) for name in folders[export])
         lines.append(f"exported to {places}")
+    if (page := job.output_dir / REPORT).exists():
+        lines.append(f"report in {page}")
     lines.append(f"metrics in {job.output_dir / 'metrics.jsonl'} (MFU against: {mfu_peak})")
     return "\n".join(lines)
 

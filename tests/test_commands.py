@@ -41,6 +41,8 @@ MODELS = ("Qwen/Qwen3-8B", "Qwen/Qwen3-32B")
 DATASETS = ("org/chat", "org/name")
 # Run only with the slow tests.
 SLOW = (r"--engine ray",)
+# Pages whose commands take longest.
+LONG = ("doctor", "launch")
 # What is added to every training: it must not take long.
 SMALL = [
     *("--steps=1", "--data.seq_len=128", "--micro_batch_size=1", "--log.tensorboard=false"),
@@ -362,7 +364,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("page", "literally"),
     [
-        *(pytest.param(page, False, id=page.relative_to(ROOT).as_posix()) for page in PAGES),
+        *(
+            pytest.param(
+                page,
+                False,
+                id=page.relative_to(ROOT).as_posix(),
+                marks=[pytest.mark.slow] * (page.stem in LONG),
+            )
+            for page in PAGES
+        ),
         # In a shell, which a reader's first page and Ray take.
         *(
             pytest.param(ROOT / name, True, id=f"{name}, literally", marks=pytest.mark.slow)

@@ -47,9 +47,21 @@ class StopRequest:
     def listening(self) -> Iterator[StopRequest]:
         """Catch the signals; only in the main thread."""
         before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        hook = sys.unraisablehook
+
+        def ask_again(lost: sys.UnraisableHookArgs) -> None:
+            """A finaliser swallows what is raised while it runs, a signal's `Stopped` too."""
+            if isinstance(lost.exc_value, Stopped):
+                self.signal = None
+                threading.Timer(0.01, os.kill, [os.getpid(), lost.exc_value.signal]).start()
+            else:
+                hook(lost)
+
+        sys.unraisablehook = ask_again
         try:
             yield self
         finally:
+            sys.unraisablehook = hook
             for number, handler in before.items():
                 signal.signal(number, handler)
 

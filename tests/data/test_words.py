@@ -101,6 +101,7 @@ def test_what_is_not_normalised_or_not_assigned_goes_through_the_library(pair) -
     assert _assert_alike(*pair, ["e\u0301", "\u0378", "plain"]) == 1
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = _tokenizer()
     words = word_tokenizer(backend)

@@ -178,7 +178,7 @@ RECOMPUTED = {"activation_checkpointing": "full"}
                 ("qwen2", True, _config(cp=2, activation_checkpointing="op"), 2),
             ],
         ),
-        (
+        pytest.param(
             4,
             [
                 ("qwen3", True, _config(cp=4, **RECOMPUTED), 2),
@@ -188,6 +188,7 @@ RECOMPUTED = {"activation_checkpointing": "full"}
                 ("qwen3", False, _config(cp=2, tp=2, **RECOMPUTED), 2),
                 ("qwen2", True, _config(cp=2, tp=2), 1),
             ],
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -188,7 +188,6 @@ def test_a_cold_cache_without_hub_names_model_and_cache(tmp_path: Path, offline:
     assert "org/model" in error
     assert str(tmp_path / "cache" / "hub") in error
     assert "network access" in error
-    assert result.seconds < 5
 
 
 @pytest.mark.parametrize("listing", [True, False])

@@ -119,7 +119,9 @@ def _load_and_write(folders: dict[str, Path], tokenizer_folder: Path, out: Path)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size, kinds", [(2, EXPERTS[-1:]), (3, FAMILIES)])
+@pytest.mark.parametrize(
+    "world_size, kinds", [(2, EXPERTS[-1:]), pytest.param(3, FAMILIES, marks=pytest.mark.slow)]
+)
 def test_every_family_goes_through_shards_unchanged(
     tmp_path: Path, world_size: int, kinds: list[str]
 ) -> None:

@@ -259,9 +259,8 @@ def _live(checkpoint: Path, tokenizer_folder: Path, folder: Path, kind: str, cha
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("kind", "tied"), [("qwen3", True), pytest.param("qwen2", False, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "tied"), [("qwen3", True), ("qwen2", False)])
 def test_from_loading_to_the_export(tmp_path: Path, kind: str, tied: bool) -> None:
     tokenizer = build_tokenizer(tmp_path / "tokenizer")
     # A half of the MLP has 27 rows, and the vocabulary 513: no number of ranks divides them.

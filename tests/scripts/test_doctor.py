@@ -102,6 +102,7 @@ def test_a_sound_job_is_told_so_and_its_rows_are_shown(
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_everything_that_is_broken_is_told_at_once(
     doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +265,7 @@ def test_a_small_or_read_only_disk_is_an_error(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_memory_is_compared_with_what_there_is() -> None:
     config = parse_train_config(["--config", str(ROOT / "scripts" / "recipes" / "qwen3-8b.yaml")])
     model = parse_model_config(find_model("Qwen/Qwen3-8B"), config.model, "Qwen/Qwen3-8B")

@@ -86,6 +86,7 @@ def test_every_library_lands_in_the_folder_whatever_the_shell_said(tmp_path: Pat
         assert not list((tmp_path / folder).rglob("*")), folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_progress_bars_are_for_rank_0_on_a_terminal(tmp_path: Path, rank: int) -> None:
     env = clean_environment(tmp_path) | {"CACHE": str(tmp_path / "cache"), "RANK": str(rank)}

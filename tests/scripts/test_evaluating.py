@@ -53,7 +53,7 @@ def test_sources_are_asked_alike() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("held_out", [1, 7])
+@pytest.mark.parametrize("held_out", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_evaluation_is_the_same_on_any_number_of_ranks(
     tmp_path: Path, cache_dir: Path, held_out: int
 ) -> None:

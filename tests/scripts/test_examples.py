@@ -397,6 +397,7 @@ def test_pretraining_reads_articles_and_watches_perplexity(tmp_path: Path) -> No
 # ----------------------------------------------------------------------------------------- mixture
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_losses_of_sources_are_those_of_their_own_tokens(tmp_path: Path) -> None:
     chat = write_chat(tmp_path / "chat.jsonl")
@@ -445,6 +446,7 @@ def test_the_losses_of_sources_are_those_of_their_own_tokens(tmp_path: Path) -> 
 # ---------------------------------------------------------------------------------- gradient noise
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_noise_of_gradients_is_the_same_on_two_ranks_and_none_where_all_rows_are_alike(
     tmp_path: Path,
@@ -501,6 +503,7 @@ def _run_own_loop(argv: list[str], log: str) -> int:
     return main(argv)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_own_loop_trains_as_train_does_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     cache = tmp_path / "cache"

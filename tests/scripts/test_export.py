@@ -273,6 +273,7 @@ for dtype in ("bfloat16", "float32"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_memory_is_one_and_a_half_of_the_largest_tensor(tmp_path: Path) -> None:
     vocabulary, width, experts = 100_000, 256, 100

@@ -53,6 +53,7 @@ def _unfinished(cache_dir: Path) -> list[Path]:
     return [p for p in cache_dir.rglob("*") if "unfinished" in p.name or p.suffix == ".partial"]
 
 
+@pytest.mark.slow
 def test_T01_sigterm_while_tokenising_leaves_nothing_unfinished(tmp_path: Path) -> None:
     data = write_chat(tmp_path / "chat.jsonl", count=30_000)
 
@@ -172,6 +173,7 @@ def test_T01_a_signal_saves_what_there_is_and_the_same_command_goes_on(
     assert "eval_loss" in rows[-1] and rows[-1]["step"] == end
 
 
+@pytest.mark.slow
 def test_T14_memory_that_runs_out_is_told_and_not_tried_again(
     tmp_path: Path, cache_dir: Path
 ) -> None:

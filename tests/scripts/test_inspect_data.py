@@ -307,6 +307,7 @@ def test_a_page_that_cannot_be_written_is_one_line(
     assert re.fullmatch(r"inspect_data\.py: error: --html \S+ cannot be written .*\n", err)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_hub_models_weights_is_downloaded(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     write_chat(tmp_path / "chat" / "train.jsonl", count=5)

@@ -75,6 +75,7 @@ def _agent(endpoint: str, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_two_agents_meet_by_c10d_on_the_loopback_interface(
     tmp_path: Path, expected: list[float]
 ) -> None:
@@ -164,9 +165,8 @@ def _azure(folder: Path, *, nodes: int, processes: int) -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "processes"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("nodes", "processes"), [(1, 2), (2, 2)])
 def test_plain_processes_of_azure_ml_train(
     tmp_path: Path, expected: list[float], nodes: int, processes: int
 ) -> None:

@@ -150,6 +150,7 @@ def test_nothing_measured_changes_nothing(tmp_path: Path) -> None:
     assert calibration.gpu == GPU and calibration.reserved_over_allocated is None
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_was_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ def shown(model: str, method: str, gpus: int, gpu: str) -> str:
     raise AssertionError(model)
 
 
+@pytest.mark.slow
 def test_cells_of_the_docs_are_those_of_the_command() -> None:
     full, adapters = "fp32 masters and state", "LoRA, rank 16"
     machine = MACHINES[:1]

@@ -168,6 +168,7 @@ def compare_with_ranks(names: list[str]) -> None:
         assert peak == pytest.approx(measured[name], rel=0.02), name
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_traced_memory_is_what_two_ranks_allocate() -> None:
     compare_with_ranks(QUICK)

@@ -61,6 +61,7 @@ def prefetch(
     os.environ.update(before)
 
 
+@pytest.mark.slow
 def test_a_filled_cache_serves_without_the_hub_and_its_damage_is_named(tmp_path: Path) -> None:
     """Fill from a hub; then, without it, check the whole cache, and one whose files have changed."""
     cache, env = tmp_path / "cache", clean_environment(tmp_path)

@@ -168,6 +168,7 @@ def test_a_share_whose_parts_another_process_has_joined_ends_well(
         prepare(tmp_path / "other", *flags, "--shard=1/2")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_its_finished_parts(
     prepare: Prepare,
     flags: list[str],
@@ -206,6 +207,7 @@ def test_a_killed_run_goes_on_with_its_finished_parts(
     assert finished_parts(cache) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_tokens_are_carried_to_another_machine_and_trained_on(
     prepare: Prepare, tmp_path: Path

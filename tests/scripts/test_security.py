@@ -103,6 +103,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> _Run:
     return _Run(folder, output, process.returncode, listeners)
 
 
+@pytest.mark.slow
 def test_S09_a_token_is_in_nothing_that_a_run_leaves(run: _Run) -> None:
     assert run.returncode == 0, run.output
     files = [path for path in run.folder.rglob("*") if path.is_file()]

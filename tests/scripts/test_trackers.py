@@ -60,6 +60,7 @@ def _mlflow(folder: Path) -> tuple[Any, Any]:
     return client, run
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_and_its_continuation_arrive_whole(tmp_path: Path, cache_dir: Path) -> None:
     out = tmp_path / "out"

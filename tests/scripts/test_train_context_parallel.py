@@ -64,6 +64,7 @@ def test_a_run_is_that_of_one_process_and_is_continued_by_one(
     assert losses(run("shared", 1)) == pytest.approx(losses(alone), rel=0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stream_is_read_once_by_the_ranks_that_share_its_rows(
     tmp_path: Path, cache_dir: Path
 ) -> None:

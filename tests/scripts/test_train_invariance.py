@@ -63,7 +63,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         pytest.param(2, ["--micro_batch_size=2"], id="2-ranks"),
         pytest.param(2, ["--micro_batch_size=1"], id="2-ranks-accumulated"),
         pytest.param(4, ["--micro_batch_size=1", "--parallel.dp_replicate=2"], id="hsdp"),
-        pytest.param(4, ["--micro_batch_size=1", "--parallel.tp=2"], id="tensor-parallel"),
+        pytest.param(
+            4,
+            ["--micro_batch_size=1", "--parallel.tp=2"],
+            id="tensor-parallel",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             2,
             [
@@ -72,6 +77,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
                 "--parallel.min_wrap_params=1000",
             ],
             id="size-policy",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             2,
@@ -89,6 +95,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
                 "--parallel.accumulation=sharded",
             ],
             id="activation-checkpointing",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             2,
@@ -99,6 +106,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
                 "--parallel.cpu_offload=true",
             ],
             id="module-policy-offloaded",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             4,
@@ -108,9 +116,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
                 "--parallel.reshard_after_forward=2",
             ],
             id="share-of-4-ranks",
+            marks=pytest.mark.slow,
         ),
         pytest.param(2, ["--micro_batch_size=2", "--model.attention=sdpa"], id="sdpa"),
-        pytest.param(2, ["--micro_batch_size=2", "--data.workers=1"], id="workers"),
+        pytest.param(
+            2, ["--micro_batch_size=2", "--data.workers=1"], id="workers", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_losses_do_not_depend_on_how_the_work_is_spread(

@@ -83,6 +83,7 @@ def test_the_terminal_is_calm(run: Run) -> None:
     assert len(lines) < 25
     assert max(map(len, lines)) < 200
     assert f"exported to {run.output_dir / 'export'}" in lines
+    assert f"report in {run.output_dir / 'report.html'}" in lines
 
 
 def test_the_folder_holds_what_was_promised(run: Run) -> None:
@@ -247,6 +248,7 @@ def test_added_tokens_grow_a_full_vocabulary(tmp_path: Path) -> None:
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "export")) == tokenizer_size + 2
 
 
+@pytest.mark.slow
 def test_real_qwen3_tokenizer(qwen3_tokenizer_dir: Path, tmp_path: Path) -> None:
     """A vocabulary of 151,936 rows, thinking template and all."""
     result = train(

@@ -347,7 +347,7 @@ def test_T08_only_damaged_checkpoints_do_not_start_over(job: Job, tmp_path: Path
         pytest.param(signal.SIGTERM, 1, False, id="SIGTERM-python"),
         pytest.param(signal.SIGINT, 1, True, id="ctrl-C-python", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 2, False, id="SIGTERM-torchrun", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 2, True, id="ctrl-C-torchrun"),
+        pytest.param(signal.SIGINT, 2, True, id="ctrl-C-torchrun", marks=pytest.mark.slow),
     ],
 )
 def test_T01_a_stopped_run_saves_and_goes_on(

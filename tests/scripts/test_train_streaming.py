@@ -13,6 +13,7 @@ from tests.support.tiny import write_chat
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.slow
 def test_a_resumed_stream_is_the_uninterrupted_one(tmp_path: Path, cache_dir: Path) -> None:
     file = write_chat(tmp_path / "chat.jsonl", count=90)
     with file.open("a", encoding="utf-8") as lines:

@@ -60,6 +60,7 @@ def _downloads(hub: LoopbackHub) -> dict[str, int]:
     return {**hub.downloads("org/tiny"), **hub.downloads("org/chat")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_nodes_fetch_once_for_every_cache_they_have(tmp_path: Path, shared: bool) -> None:
     cache_dirs = (tmp_path / "cache", tmp_path / ("cache" if shared else "other"))

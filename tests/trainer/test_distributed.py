@@ -169,6 +169,7 @@ except TrainError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_nobody_waits_for_a_killed_worker(tmp_path: Path) -> None:
     """Two launchers, as on two machines: the first one's rank is killed at work."""

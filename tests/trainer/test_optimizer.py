@@ -322,6 +322,7 @@ MUON = OptimizerConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_muon_and_adamw_over_shards_are_torchs_own_in_one_process() -> None:
     configs = [
@@ -399,6 +400,7 @@ def _resume_all(folder: Path, configs: list[OptimizerConfig]) -> list[Any]:
     return [_resumed(folder / str(index), config) for index, config in enumerate(configs)]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_resuming_is_bit_exact_with_every_optimizer(tmp_path: Path) -> None:
     configs = [

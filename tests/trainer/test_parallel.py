@@ -231,7 +231,7 @@ FP32 = {"param_dtype": "float32"}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_loss_and_gradients_do_not_depend_on_the_ranks(tied: bool) -> None:
     plain = tiny_model(tied=tied)
     batch = packed_batch(_rows(), 24)
