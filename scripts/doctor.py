@@ -122,7 +122,10 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     cache, is_whole = check_cache(config)
     hub, to_fetch = check_hub(config, cache_dir, offline=offline, is_whole=is_whole)
     model, job = check_job(config, cache_dir, from_cache=is_whole)
-    plan, unplanned = plan_job(config, model, world_size=world_size) if model else (None, [])
+    memory = min((gpu.total for gpu in gpus), default=None)
+    plan, unplanned = (
+        plan_job(config, model, world_size=world_size, memory=memory) if model else (None, [])
+    )
     output_dir = output_folder(config).absolute()
     local_ranks = min(world_size, len(gpus) or world_size)
     on_disk, in_host = (
@@ -141,7 +144,6 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield from (finding for finding in job if finding.text not in told)
     yield from unplanned
     if plan is not None:
-        memory = min((gpu.total for gpu in gpus), default=None)
         yield check_fit(plan, world_size=world_size, memory=memory)
 
 
@@ -335,9 +337,9 @@ def check_rows(
 
 
 def plan_job(
-    config: TrainConfig, model: PreTrainedConfig, *, world_size: int
+    config: TrainConfig, model: PreTrainedConfig, *, world_size: int, memory: float | None
 ) -> tuple[MemoryPlan | None, list[Finding]]:
-    """What a GPU will hold, as plan.py says; or why that cannot be said."""
+    """What a GPU of `memory` bytes, or any, will hold, as plan.py says; or why that cannot be said."""
     from scripts.planner.memory import plan_memory
     from scripts.planner.work import batch_of
 
@@ -349,6 +351,7 @@ def plan_job(
             world_size=world_size,
             micro_batch_size=micro_batch_size,
             grad_accum_steps=grad_accum_steps,
+            gpu_gib=(memory or 0) / 2**30,
         )
     except TrainError as error:
         remedy = f"looked at for {_count(world_size, 'rank')}: --world_size says otherwise"

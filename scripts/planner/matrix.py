@@ -97,7 +97,9 @@ def cells_of_model(
         changed = METHODS[method](replace(config, model=replace(config.model, name=name)))
 
         @cache
-        def traced(recompute: str, gpus: int, changed: TrainConfig = changed) -> MemoryPlan:
+        def traced(
+            recompute: str, gpus: int, gpu: str, changed: TrainConfig = changed
+        ) -> MemoryPlan:
             run = _recomputing(changed, recompute)
             rows, _, accumulated = batch_of(run, gpus=gpus)
             return plan_memory(
@@ -106,14 +108,15 @@ def cells_of_model(
                 world_size=gpus,
                 micro_batch_size=rows,
                 grad_accum_steps=accumulated,
+                gpu_gib=GPUS[gpu].torch_gib,
             )
 
         for gpus, gpu in machines:
             for recompute in ("none", "full"):
                 if gpus in _TRACED:
-                    memory = traced(recompute, gpus)
+                    memory = traced(recompute, gpus, gpu)
                 else:
-                    memory = at_ranks({n: traced(recompute, n) for n in _TRACED}, gpus)
+                    memory = at_ranks({n: traced(recompute, n, gpu) for n in _TRACED}, gpus)
                 plan = make_plan(
                     _recomputing(changed, recompute),
                     name,

@@ -91,8 +91,8 @@ def plan_memory(
     world_size: int,
     micro_batch_size: int,
     grad_accum_steps: int,
+    gpu_gib: float | None,
     labels: float = 1.0,
-    on_gpu: bool = True,
 ) -> MemoryPlan:
     """What a step takes, extrapolated from traces of few layers.
 
@@ -102,8 +102,9 @@ def plan_memory(
         world_size: ranks of the run; none of them has to exist.
         micro_batch_size: B.
         grad_accum_steps: micro-batches of a step.
+        gpu_gib: memory of each GPU, by which the loss chooses how many logits exist at once; None: the run is on CPUs
+            such as this one, which prefetch no layers.
         labels: N / (B S), the share of tokens that are predicted.
-        on_gpu: prefetch layers as GPUs do.
 
     Raises:
         ModelError, TrainError: as the trainer would, and for linear attention, whose kernels run on GPUs only, and indexed.
@@ -118,12 +119,15 @@ def plan_memory(
         world_size=world_size,
         micro_batch_size=micro_batch_size,
         grad_accum_steps=grad_accum_steps,
+        gpu_gib=gpu_gib,
         labels=labels,
-        on_gpu=on_gpu,
     )
     layers, last = hf_config.num_hidden_layers, config.model.train_last_layers
     # From either end of the model on the layers differ by what is prefetched there; between them they do not.
-    period, edge = _period(config, hf_config), 1 + max(1, config.parallel.prefetch_layers * on_gpu)
+    period, edge = (
+        _period(config, hf_config),
+        1 + max(1, config.parallel.prefetch_layers * (gpu_gib is not None)),
+    )
     # Frozen layers in front and the others: as many as there are, or few of the same remainder.
     whole = (layers - last, last) if last else (0, layers)
     few = [min(n, 2 * edge + (n - 2 * edge) % period) if period else n for n in whole]
@@ -179,8 +183,8 @@ def trace_step(
     world_size: int,
     micro_batch_size: int,
     grad_accum_steps: int,
+    gpu_gib: float | None,
     labels: float = 1.0,
-    on_gpu: bool = True,
     edge: int = 10**6,
 ) -> Trace:
     """Bytes by part at the peak of each phase of a step, on rank 0 of `world_size`.
@@ -189,16 +193,14 @@ def trace_step(
     """
     parallel = replace(config.parallel, compile=False, float8="none")
     config = replace(config, parallel=parallel)
-    # What a CPU without bf16 units computes in fp32, a GPU does not.
-    bf16_units = patch.object(loss, "has_bf16_units", return_value=True)
-    with fake_ranks(world_size), bf16_units if on_gpu else nullcontext():
+    with fake_ranks(world_size), nullcontext() if gpu_gib is None else _loss_on_gpu(gpu_gib):
         mesh = build_mesh(parallel, world_size=world_size, device_type="cpu")
         tokens = range(len(config.model.add_special_tokens))
         model = sharded_without_weights(config, hf_config, tokens, mesh)
         if config.model.attention == "packed":
             model.hf.set_attn_implementation(KERNEL_ATTENTION)
         layers = decoder_layers(model)
-        if on_gpu:
+        if gpu_gib is not None:
             set_prefetch(layers, parallel.prefetch_layers)
         tracker = MemoryTracker()
         _mark_layers(layers, tracker, config.model.train_last_layers, edge)
@@ -213,6 +215,17 @@ def trace_step(
         trained_parameters=sum(size for size, trained in sizes if trained),
         parameters=sum(size for size, _ in sizes),
     )
+
+
+@contextmanager
+def _loss_on_gpu(gib: float) -> Iterator[None]:
+    """Chunks of its size, and bf16 where a CPU without units for it computes in fp32."""
+    size = max(loss.CHUNK_BYTES, int(gib * 2**30 * loss.GPU_SHARE))
+    with (
+        patch.object(loss, "CHUNK_BYTES", size),
+        patch.object(loss, "has_bf16_units", return_value=True),
+    ):
+        yield
 
 
 @contextmanager

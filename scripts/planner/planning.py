@@ -180,6 +180,7 @@ def make_plan(
     Raises:
         ModelError, TrainError: as the trainer would for this configuration.
     """
+    gpu = calibration.gpu if calibration else gpu
     micro_batch_size, global_batch_size, grad_accum_steps = batch_of(config, gpus=gpus)
     memory = memory or plan_memory(
         config,
@@ -187,9 +188,9 @@ def make_plan(
         world_size=gpus,
         micro_batch_size=micro_batch_size,
         grad_accum_steps=grad_accum_steps,
+        gpu_gib=gpu.torch_gib,
         labels=labels,
     )
-    gpu = calibration.gpu if calibration else gpu
     constants = calibration.constants if calibration else fitted_constants()
     work = work_of(
         config,

@@ -82,7 +82,12 @@ def test_memory_on_many_ranks_follows_from_that_on_few() -> None:
         shape = SHAPE | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
         hf_config = tiny_config(**shape | {"vocab_size": 4096, "tied": False})
         return plan_memory(
-            run_config(), hf_config, world_size=ranks, micro_batch_size=1, grad_accum_steps=1
+            run_config(),
+            hf_config,
+            world_size=ranks,
+            micro_batch_size=1,
+            grad_accum_steps=1,
+            gpu_gib=80,
         )
 
     found, expected = at_ranks({2: traced(2), 8: traced(8)}, 64), traced(64)

@@ -161,8 +161,8 @@ def compare_with_ranks(names: list[str]) -> None:
             world_size=2,
             micro_batch_size=1,
             grad_accum_steps=grad_accum_steps,
+            gpu_gib=None,
             labels=LABELS / S,
-            on_gpu=False,
         )
         peak = max(parts.total() for parts in traced.phases.values())
         assert peak == pytest.approx(measured[name], rel=0.02), name
@@ -183,7 +183,12 @@ def test_traced_memory_is_what_two_ranks_allocate_in_other_ways_to_train() -> No
 def plan(config: TrainConfig, *, world_size: int = 2, **shape: Any) -> MemoryPlan:
     hf_config = tiny_config(**SHAPE | {"tied": False} | shape)
     return plan_memory(
-        config, hf_config, world_size=world_size, micro_batch_size=1, grad_accum_steps=1
+        config,
+        hf_config,
+        world_size=world_size,
+        micro_batch_size=1,
+        grad_accum_steps=1,
+        gpu_gib=80,
     )
 
 
@@ -207,6 +212,7 @@ def test_extrapolated_memory_is_that_of_the_whole_model(
         "world_size": 4,
         "micro_batch_size": 1,
         "grad_accum_steps": grad_accum_steps,
+        "gpu_gib": 80,
     }
     planned = plan_memory(config, hf_config, **given)
     whole = trace_step(config, hf_config, **given)
