@@ -25,12 +25,12 @@ demo: $(SETUP)  ## Train the built-in small Qwen3 on 2 ranks, export it, answer 
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 scripts/train.py --cache_dir cache --output_dir outputs/demo
 	$(BIN)/python scripts/generate.py outputs/demo/export "$(PROMPT)"
 
-# Two at a time: tests with ranks mostly wait.
+# Two at a time: starting Python and its libraries keeps one core busy.
 test: $(SETUP)  ## Every test that is not slow
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(SETUP)  ## The tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: $(SETUP)  ## Style, format and types
 	$(BIN)/ruff check .

@@ -194,16 +194,16 @@ def plan(config: TrainConfig, *, world_size: int = 2, **shape: Any) -> MemoryPla
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config",
+    ("config", "grad_accum_steps"),
     [
-        run_config(),
-        run_config(parallel=ac("full")),
-        run_config(parallel={**ac("selective"), "checkpoint_every": 3}),
-        run_config(last_layers=9),
+        (run_config(), 1),
+        (run_config(), 4),
+        (run_config(parallel=ac("full")), 1),
+        (run_config(parallel={**ac("selective"), "checkpoint_every": 3}), 4),
+        (run_config(last_layers=9), 1),
     ],
-    ids=["plain", "full", "selective", "last layers"],
+    ids=["plain", "accumulated", "full", "selective and accumulated", "last layers"],
 )
-@pytest.mark.parametrize("grad_accum_steps", [1, 4])
 def test_extrapolated_memory_is_that_of_the_whole_model(
     config: TrainConfig, grad_accum_steps: int
 ) -> None:
