@@ -20,6 +20,8 @@ from scripts.benchmarks import step as step_benchmark
 from scripts.benchmarks.data import NO_TRL
 from scripts.benchmarks.trainers import Work
 from scripts.benchmarks.workload import Shape
+from scripts.planner.calibration import read_calibration
+from scripts.planner.facts import GPUS
 from tests.support.ranks import start_server
 
 
@@ -271,6 +273,13 @@ def test_gpu_command_on_a_cpu(
     )
     rates = measured["measurements"]["matmul_flops"]["float32"]
     assert {(rate["m"], rate["n"], rate["k"]) for rate in rates} == {(64, 64, 64), (64, 192, 64)}
+    # plan.py reads it, once it is told that this was a GPU.
+    measured |= {"gpu": "NVIDIA H100 NVL"}
+    measured["measurements"]["memory_total_bytes"] = 2**36
+    kept.write_text(json.dumps(measured))
+    calibration = read_calibration(kept, GPUS["h100-nvl"])
+    assert calibration.gpu.torch_gib == 64
+    assert {"attention_flops", "gemm_share", "seconds_per_collective"} <= {*calibration.replaced}
     printed = capsys.readouterr().out
     assert "| tiny, usual |" in printed and "tiny, unknown: " in printed
 
