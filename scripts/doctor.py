@@ -383,7 +383,7 @@ def _bytes_to_keep(config: TrainConfig, plan: MemoryPlan, *, share: float) -> tu
     """In output_dir: checkpoints, one of them still being written, and the export. In the host memory of a node with this
     share of the ranks: copies of a checkpoint, and what is offloaded.
     """
-    from trainer.precision import BYTES, bytes_per_parameter
+    from trainer.precision import BYTES, bytes_per_parameter, definite
 
     sizes = bytes_per_parameter(config.parallel, config.optimizer)
     trained = plan.trained_parameters
@@ -394,7 +394,7 @@ def _bytes_to_keep(config: TrainConfig, plan: MemoryPlan, *, share: float) -> tu
         on_disk += plan.parameters * BYTES[config.model.dtype]
     in_host = checkpoint if saved.asynchronous else 0
     if config.parallel.cpu_offload:
-        frozen = (plan.parameters - trained) * BYTES[config.parallel.param_dtype]
+        frozen = (plan.parameters - trained) * BYTES[definite(config.parallel, "cuda").param_dtype]
         in_host += trained * sum(sizes.values()) + frozen
     return on_disk, in_host * min(1, share * config.parallel.dp_replicate)
 

@@ -120,7 +120,7 @@ def check_gpus(gpus: Sequence[Gpu], config: TrainConfig) -> list[Finding]:
     if " and " in names:
         text = "they are of several kinds: every step waits for the slowest"
         found.append(Finding("warning", "GPUs", text, "choose with CUDA_VISIBLE_DEVICES"))
-    if capability < (8, 0) and config.parallel.param_dtype == "bfloat16":
+    if capability < (8, 0) and config.parallel.param_dtype != "float32":
         remedy = "--parallel.param_dtype float32, or newer GPUs"
         found.append(Finding("error", "GPUs", f"capability {shown} has no bf16 units", remedy))
     if capability < (8, 9) and config.parallel.float8 != "none":

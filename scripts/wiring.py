@@ -83,6 +83,7 @@ from trainer.metrics import MetricsWriter, Tracker
 from trainer.optimizer import learning_rates, state_bytes
 from trainer.output import clear_preempted, mark_preempted, sole_writer
 from trainer.parallel import DTYPES, build_mesh, data_rank
+from trainer.precision import definite
 from trainer.preemption import Stopped, StopRequest, end_stopped_siblings
 from trainer.profiling import StepProfiler
 from trainer.watchdog import Watchdog
@@ -156,7 +157,7 @@ def new_job(
     data = data_rank(config.parallel, rank=ranks.rank, world_size=ranks.world_size)
     micro_batch_size, global_batch_size, grad_accum_steps = batch_sizes(config, data.size)
     return Job(
-        config=config,
+        config=replace(config, parallel=definite(config.parallel, device.type)),
         cache_dir=cache_dir,
         output_dir=output_dir,
         ranks=ranks,

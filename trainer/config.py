@@ -43,8 +43,8 @@ class ParallelConfig:
     master_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which trained parameters and their gradients are kept, sharded; bfloat16 halves both, and every update is rounded (optimizer.rounding)."""
 
-    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the gathered parameters and of the computation."""
+    param_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the gathered parameters and of the computation; auto: bfloat16, but float32 on a CPU that has no units for bfloat16 and takes several times as long with it."""
 
     reduce_dtype: Literal["bfloat16", "float32"] = "float32"
     """Type in which gradients are reduced over ranks."""

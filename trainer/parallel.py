@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from trainer.config import ParallelConfig
 from trainer.errors import TrainError
 from trainer.functions import CALLABLE, import_function, import_object
-from trainer.precision import compute_in_float8
+from trainer.precision import compute_in_float8, definite
 
 # The protocol of torch.distributed.fsdp.wrap: called once with recurse=True (go into this module's children?), once
 # with recurse=False (make it a group, given how many of its parameters its children have not taken?).
@@ -234,6 +234,7 @@ def parallelise(
     Returns:
         The groups that were sharded, the root last.
     """
+    config = definite(config, mesh.device_type)
     layers = [module for module in model.modules() if isinstance(module, tuple(layer_classes))]
     if config.tp > 1:
         # Every rank would say that gathering a parameter of both axes, as for an export, takes two steps, and that
@@ -358,6 +359,7 @@ class PlanRow:
 
 def describe_plan(model: nn.Module, config: ParallelConfig) -> list[PlanRow]:
     """What each rank holds of every group of a model that `parallelise` has sharded, in the order of the model."""
+    config = definite(config, next(model.parameters()).device.type)
     groups = [name for name, m in model.named_modules() if isinstance(m, FSDPModule)]
     taken: set[int] = set()
     rows: list[PlanRow] = []

@@ -10,10 +10,19 @@ from torch import nn
 
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.errors import TrainError
+from trainer.hardware import has_bf16_units
 
 FLOAT8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with float8 matrix products
 _FLOAT8_MULTIPLE = 16  # what a float8 matrix product wants of its dimensions
 BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def definite(parallel: ParallelConfig, device_type: str) -> ParallelConfig:
+    """With the type that `param_dtype auto` stands for on this kind of device."""
+    if parallel.param_dtype != "auto":
+        return parallel
+    emulated = device_type == "cpu" and not has_bf16_units()
+    return replace(parallel, param_dtype="float32" if emulated else "bfloat16")
 
 
 def precision_table(

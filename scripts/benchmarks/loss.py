@@ -18,8 +18,10 @@ from torch import Tensor
 
 from scripts.benchmarks.common import Result, machine, setting, versions
 from scripts.benchmarks.memory import compare
+from scripts.benchmarks.step import usual_dtypes
 from trainer import loss as loss_module
 from trainer.loss import linear_cross_entropy_sum
+from trainer.parallel import DTYPES as TORCH_DTYPES
 
 HELP = "cross-entropy over a large vocabulary: seconds and memory"
 SEED = 0
@@ -36,13 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    """Both types, and the head frozen as under LoRA."""
+    """The types of this machine, and with the last of them the head frozen as under LoRA."""
     shape = {name: getattr(arguments, name) for name in ("tokens", "width", "vocabulary")}
-    cases = {
-        "float32": Case(**shape, dtype=torch.float32),
-        "bfloat16": Case(**shape, dtype=torch.bfloat16),
-        "bfloat16, frozen head": Case(**shape, dtype=torch.bfloat16, frozen=True),
-    }
+    cases = {name: Case(**shape, dtype=TORCH_DTYPES[name]) for name in usual_dtypes()}
+    *_, name = cases
+    cases[f"{name}, frozen head"] = Case(**shape, dtype=TORCH_DTYPES[name], frozen=True)
     return {
         "machine": machine() | {"threads": torch.get_num_threads()},
         "versions": versions("torch"),

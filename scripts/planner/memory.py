@@ -39,6 +39,7 @@ from scripts.planner.tracker import GRADIENTS, HOST, MemoryTracker
 from trainer import loss
 from trainer.optimizer import clip_gradients
 from trainer.parallel import build_mesh, set_gradient_sync, set_prefetch
+from trainer.precision import definite
 
 PARAMETERS, STATE, LOSS = "parameters", "optimizer state", "logits and loss"
 KERNEL_ATTENTION = "packed_documents_kernel"
@@ -191,7 +192,8 @@ def trace_step(
 
     Phases of layers are named by their place; they are told apart up to `edge` of them from either end of the model, and of its frozen part.
     """
-    parallel = replace(config.parallel, compile=False, float8="none")
+    parallel = definite(config.parallel, "cpu" if gpu_gib is None else "cuda")
+    parallel = replace(parallel, compile=False, float8="none")
     config = replace(config, parallel=parallel)
     with fake_ranks(world_size), nullcontext() if gpu_gib is None else _loss_on_gpu(gpu_gib):
         mesh = build_mesh(parallel, world_size=world_size, device_type="cpu")

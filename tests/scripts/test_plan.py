@@ -249,7 +249,7 @@ def test_search_writes_the_fastest_way_that_fits(
 
 @pytest.mark.slow
 def test_the_last_resort_is_a_recipe_that_train_takes(tmp_path: Path) -> None:
-    flags = ["--model.name", "Qwen/Qwen3-0.6B", "--data.seq_len", "512"]
+    flags = ["--model.name", "Qwen/Qwen3-0.6B", "--data.seq_len", "512", "--global_batch_size", "2"]
     config = parse_train_config(flags)
     name, hf_config = planned_model(config, None)
     # 16 bytes a parameter fit neither the GPUs nor the host; 2 and adapters do.

@@ -295,7 +295,7 @@ def test_loss_and_gradients_do_not_depend_on_the_ranks(tied: bool) -> None:
 
 @pytest.mark.distributed
 def test_bf16_parameters_compute_close_to_fp32_and_keep_fp32_masters() -> None:
-    bf16 = (2, ParallelConfig(), True)
+    bf16 = (2, ParallelConfig(param_dtype="bfloat16"), True)
     fp32 = (2, ParallelConfig(**FP32), True)
     close, exact = run_ranks(_many, 2, [bf16, fp32])[0]
     assert close["loss"] == pytest.approx(exact["loss"], rel=1e-2)
@@ -396,7 +396,7 @@ def _plan(config: ParallelConfig, tied: bool) -> tuple[list[PlanRow], int, int]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_plan_counts_every_parameter_once(tied: bool) -> None:
-    ranks = run_ranks(_plan, 2, ParallelConfig(), tied)
+    ranks = run_ranks(_plan, 2, ParallelConfig(param_dtype="bfloat16"), tied)
     plan, held, parameters = ranks[0]  # the first rank holds the most of an odd number of rows
     layers = [f"hf.model.layers.{i}" for i in range(4)]
     assert [row.group for row in plan] == ["(root)", *["hf.model.embed_tokens"][tied:], *layers]

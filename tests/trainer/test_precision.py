@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from models.build import decoder_layer_classes
 from tests.support.models import full, packed_batch, random_documents, tiny_model
 from tests.support.ranks import run_ranks
+from trainer import precision
 from trainer.checkpoint import Checkpointer
 from trainer.config import CheckpointConfig, OptimizerConfig, ParallelConfig
 from trainer.errors import TrainError
@@ -28,7 +29,12 @@ from trainer.optimizer import (
     state_bytes,
 )
 from trainer.parallel import build_mesh, parallelise
-from trainer.precision import bytes_per_parameter, compute_in_float8, precision_table
+from trainer.precision import (
+    bytes_per_parameter,
+    compute_in_float8,
+    definite,
+    precision_table,
+)
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="the extra [torchao] is not installed"
@@ -197,7 +203,7 @@ def test_bf16_gradients_have_their_norm_in_fp32() -> None:
 
 
 def test_the_table_and_the_bytes_say_what_is_kept() -> None:
-    parallel, optimizer = ParallelConfig(), OptimizerConfig()
+    parallel, optimizer = ParallelConfig(param_dtype="bfloat16"), OptimizerConfig()
     assert precision_table(parallel, optimizer, export_dtype="bfloat16") == {
         "masters": "float32",
         "optimizer state": "float32",
@@ -284,3 +290,19 @@ def test_float8_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
 def test_without_torchao_float8_says_what_to_install() -> None:
     with pytest.raises(TrainError, match=r"pip install -c constraints.txt -e '.\[torchao\]'"):
         compute_in_float8([nn.Linear(32, 32)], "tensorwise")
+
+
+@pytest.mark.parametrize(
+    ("given", "device_type", "units", "expected"),
+    [
+        ("auto", "cuda", False, "bfloat16"),
+        ("auto", "cpu", True, "bfloat16"),
+        ("auto", "cpu", False, "float32"),
+        ("bfloat16", "cpu", False, "bfloat16"),
+    ],
+)
+def test_auto_is_bfloat16_but_where_it_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, given: Any, device_type: str, units: bool, expected: str
+) -> None:
+    monkeypatch.setattr(precision, "has_bf16_units", lambda: units)
+    assert definite(ParallelConfig(param_dtype=given), device_type).param_dtype == expected
