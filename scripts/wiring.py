@@ -66,6 +66,7 @@ from scripts.report import write_report
 from scripts.resuming import lasting_settings, next_batches, open_mirror, resume
 from scripts.trackers import tracking
 from trainer.checkpoint import Checkpointer
+from trainer.config import ParallelConfig
 from trainer.crashes import Attempt
 from trainer.distributed import Ranks, max_over_ranks, once, raise_together, start
 from trainer.errors import PeerLostError, TrainError
@@ -129,13 +130,27 @@ def run(
         device = start(ranks, device_type, timeout_seconds=config.guards.collective_timeout_seconds)
         at_end.callback(dist.destroy_process_group)
         job = new_job(
-            config, cache_dir, ranks, device, prepared, output_dir, stop=stop, attempt=attempt
+            replace(config, parallel=_agreed(config.parallel, device.type)),
+            cache_dir,
+            ranks,
+            device,
+            prepared,
+            output_dir,
+            stop=stop,
+            attempt=attempt,
         )
         if config.dry_run:
             folder = at_end.enter_context(temporary_output(ranks, output_dir))
             job = replace(job, output_dir=folder)
         with explained(job):
             return _run(job, at_end)
+
+
+def _agreed(parallel: ParallelConfig, device_type: str) -> ParallelConfig:
+    """With one type for all ranks, whose CPUs may be of different kinds."""
+    parallel = definite(parallel, device_type)
+    (emulated,) = max_over_ranks([parallel.param_dtype == "float32"])
+    return replace(parallel, param_dtype="float32") if emulated else parallel
 
 
 def new_job(
