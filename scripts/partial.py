@@ -19,6 +19,7 @@ from scripts.config import TrainConfig
 from scripts.job import Job
 from trainer.errors import TrainError
 from trainer.parallel import DTYPES
+from trainer.precision import definite
 
 if TYPE_CHECKING:
     import peft
@@ -39,7 +40,7 @@ def freeze_rest(model: PackedCausalLM, config: TrainConfig, tokens: Sequence[int
         model,
         config.lora,
         last_layers=config.model.train_last_layers,
-        dtype=DTYPES[config.parallel.param_dtype],
+        dtype=DTYPES[definite(config.parallel, next(model.parameters()).device.type).param_dtype],
         tokens=tokens,
     )
 

@@ -42,7 +42,7 @@ DATASETS = ("org/chat", "org/name")
 # Run only with the slow tests.
 SLOW = (r"--engine ray",)
 # Pages whose commands take longest.
-LONG = ("doctor", "launch")
+LONG = ("doctor", "launch", "watching")
 # What is added to every training: it must not take long.
 SMALL = [
     *("--steps=1", "--data.seq_len=128", "--micro_batch_size=1", "--log.tensorboard=false"),

@@ -25,6 +25,7 @@ from scripts.planner.facts import GPUS
 from tests.support.ranks import start_server
 
 
+@pytest.mark.slow
 def test_data_without_trl(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

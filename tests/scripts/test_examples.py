@@ -194,6 +194,7 @@ def test_pairs_and_losses_of_pairs_need_each_other(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- reward
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_reward_head_ranks_what_can_be_told_apart_and_is_exported(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -295,6 +296,7 @@ def test_the_divergence_is_that_of_the_distributions_both_know() -> None:
     assert divergence(student, student, temperature=1.0).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_student_learns_its_teacher_and_one_that_is_its_teacher_has_nothing_to_learn(
     tmp_path: Path,

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.distributed
 _SHARED = ["--parallel.cp=2", "--parallel.activation_checkpointing=full"]
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_one_process_and_is_continued_by_one(
     tmp_path: Path, cache_dir: Path
 ) -> None:

@@ -39,6 +39,7 @@ def _flags(model: Path, chat: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_linear_attention_and_experts_from_a_vision_language_folder_to_an_export(
     tmp_path: Path, cache_dir: Path
 ) -> None:

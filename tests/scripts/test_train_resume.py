@@ -109,6 +109,7 @@ def test_resuming_from_a_checkpoint_is_bit_exact(job: Job, tmp_path: Path) -> No
     _assert_same_end(output_dir, job.whole)
 
 
+@pytest.mark.slow
 def test_muon_with_bf16_state_resumes_bit_exactly_too(job: Job, tmp_path: Path) -> None:
     flags = ["--optimizer.name=muon", "--optimizer.state_dtype=bfloat16"]
     job = Job(job.folder, [*job.args, *flags])
@@ -221,6 +222,7 @@ def test_T06_a_run_that_cannot_save_says_so_each_time_and_exports(job: Job, tmp_
     assert (output_dir / "export" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_copies_in_a_store(job: Job, bucket: str, tmp_path: Path) -> None:
     mirror = f"--checkpoint.mirror={bucket}/runs/first"
     result = job.run(tmp_path / "one", mirror)

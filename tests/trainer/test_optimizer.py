@@ -351,6 +351,7 @@ def test_muon_and_adamw_over_shards_are_torchs_own_in_one_process() -> None:
                     )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_bf16_state_stays_close_and_replicas_stay_equal() -> None:
     exact = [replace(MUON, name=name) for name in ("muon", "adamw")]

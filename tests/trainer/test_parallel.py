@@ -467,6 +467,7 @@ def _trained_around_evaluations(configs: list[ParallelConfig]) -> list[dict[str,
     return [_train_around_an_evaluation(config) for config in configs]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_evaluation_between_steps_changes_nothing_however_parameters_are_kept() -> None:
     configs = [

@@ -136,6 +136,7 @@ def _bf16_masters(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_bf16_masters_train_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
     (one,) = run_ranks(_bf16_masters, 1, tmp_path / "1")
