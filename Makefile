@@ -29,7 +29,7 @@ demo: $(SETUP)  ## Train the built-in small Qwen3 on 2 ranks, export it, answer 
 test: $(SETUP)  ## Every test that is not slow
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(SETUP)  ## The tests that take minutes
+test-slow: $(SETUP)  ## The tests that take longest
 	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: $(SETUP)  ## Style, format and types

@@ -103,6 +103,7 @@ def test_a_matrix_of_an_unknown_model_is_one_line(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_matrix_of_one_model(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model.name", "Qwen/Qwen3-0.6B", "--data.seq_len", "512"]
     assert main(["--matrix", "--json", *flags]) == 0
