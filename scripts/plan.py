@@ -59,7 +59,7 @@ class PlanConfig(TrainConfig):
     """Print memory and speed of the same run on each of these numbers of GPUs, such as 2,8,64,512."""
 
     matrix: bool = False
-    """Print which known Qwen, or which methods for the one that is named, fit on 2 H100 NVL, 8 H100, 8 H200 and 64 H100, and how fast they are, as Markdown. Takes minutes for all, one for one."""
+    """Print which known Qwen, or which methods for the one that is named, fit on 2 H100 NVL, 8 H100, 8 H200 and 64 H100, and how fast they are, as Markdown. Takes about two minutes for each on a core, all cores at once."""
 
     calibrate: str | None = None
     """Plan with what scripts/benchmark.py gpu measured on such a GPU and wrote to this file (docs/planning.md), instead of published numbers."""

@@ -124,11 +124,10 @@ def plan_memory(
         labels=labels,
     )
     layers, last = hf_config.num_hidden_layers, config.model.train_last_layers
+    period = _period(config, hf_config)
     # From either end of the model on the layers differ by what is prefetched there; between them they do not.
-    period, edge = (
-        _period(config, hf_config),
-        1 + max(1, config.parallel.prefetch_layers * (gpu_gib is not None)),
-    )
+    prefetched = 0 if gpu_gib is None else config.parallel.prefetch_layers
+    edge = 1 + max(1, prefetched)
     # Frozen layers in front and the others: as many as there are, or few of the same remainder.
     whole = (layers - last, last) if last else (0, layers)
     few = [min(n, 2 * edge + (n - 2 * edge) % period) if period else n for n in whole]

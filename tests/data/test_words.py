@@ -81,7 +81,11 @@ _CHARACTERS = st.characters(exclude_categories=["Cs"])
 @settings(deadline=None, max_examples=150)
 @given(texts=st.lists(st.lists(_PIECES | _CHARACTERS, max_size=12).map("".join), max_size=5))
 def test_any_text_has_the_tokens_of_the_library(pair, texts: list[str]) -> None:
-    _assert_alike(*pair, texts)
+    backend, words = pair
+    _assert_alike(backend, words, texts)
+    # Once more, of words that are known by now.
+    expected = [one.ids for one in backend.encode_batch(texts, add_special_tokens=False)]
+    assert [one.ids for one in words.encode_batch(texts)] == expected
 
 
 def test_ordinary_texts_are_cut_here(pair) -> None:
