@@ -46,6 +46,7 @@ from trainer.loop import LossFunction, evaluate_loss
 from trainer.loss import causal_lm_loss, routed_causal_lm_loss
 from trainer.optimizer import build_optimizer
 from trainer.parallel import DTYPES, build_mesh, parallelise
+from trainer.precision import definite
 
 
 def build_sharded_model(
@@ -124,7 +125,8 @@ def sharded_without_weights(
     Raises:
         ModelError: its function adds parameters, and adapters or some layers are all that is trained.
     """
-    parallel = config.parallel
+    parallel = definite(config.parallel, mesh.device_type)
+    dtype = DTYPES[parallel.param_dtype]
     plan = tensor_parallel_plan(hf_config, parallel.tp)
     check_context_parallel(hf_config, cp=parallel.cp, tp=parallel.tp)
     model = build_model(hf_config, attention=config.model.attention, seed=None)
@@ -143,9 +145,9 @@ def sharded_without_weights(
     if frozen:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(DTYPES[parallel.param_dtype])
+            parameter.data = parameter.data.to(dtype)
     elif trains_part(config):
-        freeze_rest(model, config, tokens)
+        freeze_rest(model, config, tokens, dtype)
     shard(model, parallel, mesh, plan)
     return model
 

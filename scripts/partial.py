@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +20,6 @@ from scripts.config import TrainConfig
 from scripts.job import Job
 from trainer.errors import TrainError
 from trainer.parallel import DTYPES
-from trainer.precision import definite
 
 if TYPE_CHECKING:
     import peft
@@ -34,13 +34,15 @@ def added_tokens(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     return [tokenizer.get_vocab()[token] for token in config.model.add_special_tokens]
 
 
-def freeze_rest(model: PackedCausalLM, config: TrainConfig, tokens: Sequence[int]) -> None:
+def freeze_rest(
+    model: PackedCausalLM, config: TrainConfig, tokens: Sequence[int], dtype: torch.dtype
+) -> None:
     """See `models.partial.freeze`; of `tokens`, which the user adds, rows are trained."""
     freeze(
         model,
         config.lora,
         last_layers=config.model.train_last_layers,
-        dtype=DTYPES[definite(config.parallel, next(model.parameters()).device.type).param_dtype],
+        dtype=dtype,
         tokens=tokens,
     )
 

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from data.config import DataConfig, source_configs
@@ -134,7 +135,7 @@ def prepare_model(
     if trains_part(config):
         # On a model without weights: what it lacks is said before anything is tokenised.
         model = build_model(hf_config, attention="sdpa", seed=None)
-        freeze_rest(model, config, added_tokens(config, tokenizer))
+        freeze_rest(model, config, added_tokens(config, tokenizer), torch.bfloat16)
     return {
         "model": str(model_folder) if model_folder else None,
         "model_commit": model_commit,

@@ -403,7 +403,7 @@ def test_ranks_train_what_peft_trains_alone(
 
 def _bfloat16(folder: Path) -> dict[str, Any]:
     """Frozen weights in bf16 and adapters in fp32 within one group."""
-    result = _train(folder, LORA, 0, ParallelConfig())
+    result = _train(folder, LORA, 0, ParallelConfig(param_dtype="bfloat16"))
     model = result.pop("model")
     dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
     optimizer = build_optimizer(model, ADAMW)

@@ -49,7 +49,7 @@ def run_config(
     config = TrainConfig(
         model=ModelConfig(train_last_layers=last_layers),
         lora=LoraConfig(rank=lora),
-        parallel=ParallelConfig(**(parallel or {})),
+        parallel=ParallelConfig(**{"param_dtype": "bfloat16"} | (parallel or {})),
         optimizer=OptimizerConfig(**(optimizer or {})),
     )
     return replace(config, data=replace(config.data, seq_len=S))
