@@ -46,6 +46,7 @@ from scripts.benchmarks import (
     start,
     step,
 )
+from scripts.process import run_command
 
 COMMANDS = {
     "checkpoint": checkpoint,
@@ -92,4 +93,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -29,6 +29,7 @@ from typing import Any
 # This repository's `trainer` must win over anything installed by that name.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.process import run_command
 from trainer.goodput import FILE, goodput_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -382,4 +383,4 @@ def wait_until(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

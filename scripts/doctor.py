@@ -43,6 +43,7 @@ try:
         check_versions,
         find_gpus,
     )
+    from scripts.process import run_command
     from trainer.errors import TrainError
 except ModuleNotFoundError as error:
     print(
@@ -414,4 +415,4 @@ def _count(number: int, what: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

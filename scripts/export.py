@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.command_line import printable
 from scripts.environment import keep_others_out
+from scripts.process import run_command
 
 if TYPE_CHECKING:
     import torch
@@ -293,4 +294,4 @@ def _check_fits(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

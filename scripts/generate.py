@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.command_line import printable, printable_lines
+from scripts.process import run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,4 +133,4 @@ def answer(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

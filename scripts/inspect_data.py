@@ -26,6 +26,7 @@ from models.errors import ModelError
 from scripts.command_line import CommandLineError, parse_run_config, printable, printable_lines
 from scripts.config import TrainConfig
 from scripts.environment import use_cache_dir
+from scripts.process import run_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -254,4 +255,4 @@ def _count(number: int, what: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 # This repository's `trainer` must win over anything installed by that name.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.process import run_command
 from trainer.launchers import doubled
 
 # A flag that is given wins over these.
@@ -60,4 +61,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -13,14 +13,19 @@ Needs no GPU, and no network for the models in scripts/planner/models.json.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
+import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 # This repository's `data`, `models` and `trainer` must win over anything installed by those names.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,6 +35,7 @@ from scripts.command_line import CommandLineError, parse_run_config
 from scripts.config import TrainConfig
 from scripts.environment import use_cache_dir
 from scripts.planner.facts import GPUS, find_gpu, find_model
+from scripts.process import run_command
 from trainer.errors import TrainError
 
 
@@ -59,7 +65,7 @@ class PlanConfig(TrainConfig):
     """Print memory and speed of the same run on each of these numbers of GPUs, such as 2,8,64,512."""
 
     matrix: bool = False
-    """Print which known Qwen, or which methods for the one that is named, fit on 2 H100 NVL, 8 H100, 8 H200 and 64 H100, and how fast they are, as Markdown. Takes about two minutes for each on a core, all cores at once."""
+    """Print which known Qwen, or which methods for the one that is named, fit on 2 H100 NVL, 8 H100, 8 H200 and 64 H100, and how fast they are, as Markdown. Takes about a minute for each on a core, all cores at once."""
 
     calibrate: str | None = None
     """Plan with what scripts/benchmark.py gpu measured on such a GPU and wrote to this file (docs/planning.md), instead of published numbers."""
@@ -80,15 +86,17 @@ def main(argv: list[str] | None = None) -> int:
         config = parse_run_config(PlanConfig, "plan.py", argv)
         _check(config)
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here has nothing to do with it
-        if config.matrix or config.search or config.scale:
-            gc.enable()
         if config.matrix:
             return print_matrix(argv, config)
         if config.evaluate is not None:
             return evaluate(Path(config.evaluate))
         if config.fit is not None:
             return fit(Path(config.fit))
-        return plan(config)
+        with forked_map() as each:
+            return plan(config, each)
+    except KeyboardInterrupt:
+        print("plan.py: interrupted", file=sys.stderr)
+        return 130
     except (CommandLineError, ModelError, TrainError, ValueError, OSError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, CommandLineError) else 1
@@ -119,8 +127,19 @@ def _check(config: PlanConfig) -> None:
         raise CommandLineError(f"--gpu {config.gpu} is not known; there are {known}") from None
 
 
-def plan(config: PlanConfig) -> int:
-    """Print what the run will take."""
+@contextmanager
+def forked_map() -> Iterator[Callable[..., Iterable[Any]]]:
+    """`map` over processes, forked by its first call with all that was imported before; the usual one where a fork is not safe."""
+    if sys.platform != "linux" or (os.cpu_count() or 1) == 1:
+        yield map
+        return
+    leave_to_parent = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(2, get_context("fork"), *leave_to_parent) as pool:
+        yield pool.map
+
+
+def plan(config: PlanConfig, each: Callable[..., Iterable[Any]]) -> int:
+    """Print what the run will take; `each` as for `plan_memory`."""
     folder = None if config.model.path is None else Path(config.model.path)
     if config.model.name is not None:
         try:
@@ -159,6 +178,7 @@ def plan(config: PlanConfig) -> int:
         labels=config.labels_pct / 100,
         tokens=config.tokens,
         calibration=calibration,
+        each=each,
     )
     if config.scale is not None:
         from scripts.planner import scale
@@ -269,5 +289,4 @@ def fit(file: Path) -> int:
 
 
 if __name__ == "__main__":
-    gc.disable()  # a process this short spends a tenth of its time on collecting nothing
-    sys.exit(main())
+    run_command(main)

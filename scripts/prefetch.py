@@ -25,6 +25,7 @@ from models.errors import ModelError
 from scripts.command_line import CommandLineError, parse_run_config, printable
 from scripts.config import TrainConfig
 from scripts.environment import use_cache_dir
+from scripts.process import run_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -224,4 +225,4 @@ def _finished_parts(folder: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -26,6 +26,7 @@ from models.errors import ModelError
 from scripts.command_line import CommandLineError, parse_run_config, printable
 from scripts.config import TrainConfig
 from scripts.environment import use_cache_dir
+from scripts.process import run_command
 from trainer.preemption import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -184,4 +185,4 @@ def _write_share(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

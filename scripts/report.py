@@ -27,6 +27,7 @@ from scripts.config import TrainConfig
 from scripts.ledger import ledger_rows
 from scripts.model_card import public_name
 from scripts.page import folded, head, section, table, text
+from scripts.process import run_command
 from trainer.goodput import KINDS, read_goodput
 
 FILE = "report.html"
@@ -476,4 +477,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

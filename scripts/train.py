@@ -29,6 +29,7 @@ from scripts.command_line import (
 )
 from scripts.config import TrainConfig, output_folder
 from scripts.environment import remove_launcher_folders, use_cache_dir
+from scripts.process import run_command
 from trainer.crashes import Attempt
 from trainer.errors import PeerLostError, TrainError, TransientError
 from trainer.launchers import launch_fault
@@ -133,4 +134,4 @@ def _attempt(config: TrainConfig) -> Attempt:
 
 if __name__ == "__main__":
     sys.excepthook = print_traceback
-    sys.exit(main())
+    run_command(main)

@@ -21,6 +21,7 @@ from models.errors import ModelError
 from scripts.command_line import CommandLineError, parse_run_config, printable
 from scripts.config import TrainConfig
 from scripts.environment import use_cache_dir
+from scripts.process import run_command
 from trainer.errors import TrainError
 
 
@@ -67,4 +68,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -238,7 +238,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 def _product_dtype(tensor: Tensor) -> torch.dtype:
     """In which its matrix products are computed: fp32 on a CPU without bf16 units, where those of bf16 take 10 to 100 times as long."""
-    if tensor.is_cpu and tensor.dtype == torch.bfloat16 and not has_bf16_units():
+    if not tensor.is_cuda and tensor.dtype == torch.bfloat16 and not has_bf16_units():
         return torch.float32
     return tensor.dtype
 

@@ -1,9 +1,9 @@
 """Memory of a rank, from the trainer's own code run on tensors without data.
 
-The model is built, sharded and stepped by the functions that train.py uses, in a process group that only pretends to
-have other ranks. Nothing is computed and nothing is allocated; `MemoryTracker` notes what would be. Of a deep model a few
-layers are traced, twice, and what every layer's forward and backward hold at most is extrapolated for itself: each grows by
-the same number of bytes with every further layer, while the largest of them all does not.
+The model is built, sharded and stepped by the functions that train.py uses, on the meta device, in a process group that
+only pretends to have other ranks. Nothing is computed and nothing is allocated; `MemoryTracker` notes what would be. Of a
+deep model a few layers are traced, twice, and what every layer's forward and backward hold at most is extrapolated for
+itself: each grows by the same number of bytes with every further layer, while the largest of them all does not.
 
 Shapes: B rows, S tokens of each, N labels, V vocabulary, D model width.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,19 +23,17 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, PreTrainedConfig
 
 from models.attention import packed_attention
-from models.build import materialise
 from models.causal_lm import PackedCausalLM
 from models.errors import ModelError
 from models.layers import indexed_layers, linear_attention_layers
 from models.partial import decoder_layers
 from scripts.config import TrainConfig
 from scripts.modelling import optimizer_of, sharded_without_weights, training_loss
-from scripts.planner.tracker import GRADIENTS, HOST, MemoryTracker
+from scripts.planner.tracker import ACTIVATIONS, GRADIENTS, HOST, MemoryTracker
 from trainer import loss
 from trainer.optimizer import clip_gradients
 from trainer.parallel import build_mesh, set_gradient_sync, set_prefetch
@@ -94,6 +92,7 @@ def plan_memory(
     grad_accum_steps: int,
     gpu_gib: float | None,
     labels: float = 1.0,
+    each: Callable[..., Iterable[Any]] = map,
 ) -> MemoryPlan:
     """What a step takes, extrapolated from traces of few layers.
 
@@ -106,6 +105,7 @@ def plan_memory(
         gpu_gib: memory of each GPU, by which the loss chooses how many logits exist at once; None: the run is on CPUs
             such as this one, which prefetch no layers.
         labels: N / (B S), the share of tokens that are predicted.
+        each: as `map`, by which the traces are made: that of a pool makes them at once.
 
     Raises:
         ModelError, TrainError: as the trainer would, and for linear attention, whose kernels run on GPUs only, and indexed.
@@ -115,35 +115,37 @@ def plan_memory(
             f"{hf_config.model_type} has linear or indexed attention, which cannot be traced without a GPU: its memory "
             "is not planned; measure it with train.py --dry_run true"
         )
+    # From either end of the model on the layers differ by what is prefetched there; between them they do not.
+    prefetched = 0 if gpu_gib is None else config.parallel.prefetch_layers
+    edge = 1 + max(1, prefetched)
     trace = partial(
-        trace_step,
+        _trace_few,
+        config,
+        hf_config,
         world_size=world_size,
         micro_batch_size=micro_batch_size,
         grad_accum_steps=grad_accum_steps,
         gpu_gib=gpu_gib,
         labels=labels,
+        edge=edge,
     )
     layers, last = hf_config.num_hidden_layers, config.model.train_last_layers
     period = _period(config, hf_config)
-    # From either end of the model on the layers differ by what is prefetched there; between them they do not.
-    prefetched = 0 if gpu_gib is None else config.parallel.prefetch_layers
-    edge = 1 + max(1, prefetched)
     # Frozen layers in front and the others: as many as there are, or few of the same remainder.
     whole = (layers - last, last) if last else (0, layers)
     few = [min(n, 2 * edge + (n - 2 * edge) % period) if period else n for n in whole]
-    base = trace(*cut(config, hf_config, *few), edge=edge)
-    steps = []
+    sizes, times = [few], []
     for axis in (0, 1):
         if whole[axis] > few[axis]:
-            more = [n + period * (i == axis) for i, n in enumerate(few)]
-            further = trace(*cut(config, hf_config, *more), edge=edge)
-            steps.append((further, (whole[axis] - few[axis]) // period))
+            sizes.append([n + period * (i == axis) for i, n in enumerate(few)])
+            times.append((whole[axis] - few[axis]) // period)
+    base, *further = each(trace, sizes)
 
     def extend(of: Callable[[Trace], Counter[str]]) -> Counter[str]:
         total = Counter(of(base))
-        for further, times in steps:
-            for part in of(base) | of(further):
-                total[part] += times * (of(further)[part] - of(base)[part])
+        for one, count in zip(further, times, strict=True):
+            for part in of(base) | of(one):
+                total[part] += count * (of(one)[part] - of(base)[part])
         return total
 
     phases: dict[str, Counter[str]] = {}
@@ -153,6 +155,12 @@ def plan_memory(
             phases[phase] = held
     counts = extend(lambda trace: Counter(trained=trace.trained_parameters, all=trace.parameters))
     return MemoryPlan(phases, extend(lambda trace: trace.streams), counts["trained"], counts["all"])
+
+
+def _trace_few(
+    config: TrainConfig, hf_config: PreTrainedConfig, sizes: Sequence[int], **settings: Any
+) -> Trace:
+    return trace_step(*cut(config, hf_config, *sizes), **settings)
 
 
 def _period(config: TrainConfig, hf_config: PreTrainedConfig) -> int:
@@ -205,10 +213,9 @@ def trace_step(
             set_prefetch(layers, parallel.prefetch_layers)
         tracker = MemoryTracker()
         _mark_layers(layers, tracker, config.model.train_last_layers, edge)
-        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
-            materialise(model, torch.device("cpu"))
+        with tracker:
             rows = micro_batch_size, config.data.seq_len // parallel.cp
-            _step(tracker, model, config, grad_accum_steps, _batch(*rows, labels))
+            _step(tracker, model, config, grad_accum_steps, partial(_batch, *rows, labels))
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Trace(
         phases=tracker.peaks(),
@@ -271,13 +278,14 @@ def _step(
     model: PackedCausalLM,
     config: TrainConfig,
     grad_accum_steps: int,
-    batch: dict[str, Tensor],
+    make_batch: Callable[[], dict[str, Tensor]],
 ) -> None:
     """One step as `trainer.loop.train` takes it, with an optimizer that has stepped before."""
     offload = config.parallel.cpu_offload
     kept = {name: HOST if offload else name for name in (PARAMETERS, GRADIENTS, STATE)}
     parameters = list(model.parameters())
     tracker.relabel(parameters, kept[PARAMETERS])
+    tracker.relabel(model.buffers(), ACTIVATIONS)
     optimizer = optimizer_of(model, config.optimizer)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -288,7 +296,7 @@ def _step(
         (value for state in states for value in state.values() if isinstance(value, Tensor)),
         kept[STATE],
     )
-    loss_fn = training_loss(config, model)
+    loss_fn, batch = training_loss(config, model), make_batch()
 
     def mark_head(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(inputs) < 2:  # a loss that takes logits

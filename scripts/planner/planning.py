@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -162,6 +162,7 @@ def make_plan(
     tokens: float | None = None,
     calibration: Calibration | None = None,
     memory: MemoryPlan | None = None,
+    each: Callable[..., Iterable[Any]] = map,
 ) -> Plan:
     """Memory and time of a run.
 
@@ -176,6 +177,7 @@ def make_plan(
         tokens: of the whole run; None: those of config.steps.
         calibration: measurements of this GPU; None: what is published.
         memory: where it is known; None: it is traced.
+        each: see `plan_memory`.
 
     Raises:
         ModelError, TrainError: as the trainer would for this configuration.
@@ -190,6 +192,7 @@ def make_plan(
         grad_accum_steps=grad_accum_steps,
         gpu_gib=gpu.torch_gib,
         labels=labels,
+        each=each,
     )
     constants = calibration.constants if calibration else fitted_constants()
     work = work_of(

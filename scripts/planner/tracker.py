@@ -1,4 +1,4 @@
-"""What code allocates while it runs on fake tensors, in the order of events: by what it is for and by phase."""
+"""What code would allocate, while it runs on the meta device, in the order of events: by what it is for and by phase."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+_META = torch.device("meta")
 _BLOCK_BYTES = 512  # CUDA's caching allocator hands out multiples of it
 HOST = "host"
 """What is for this is in another memory, and counts in no phase."""
@@ -27,7 +29,7 @@ COMPUTE, GATHERING, REDUCING = "compute", "all-gather", "reduce-scatter"
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Notes every storage that operations on plain tensors make, until it is freed.
+    """Keeps operations on the meta device, and notes every storage that those on plain tensors make, until it is freed.
 
     A storage is for what was the label when it was made, or for what it was relabelled to since: peaks are taken at the end.
     FSDP's own are known by its operations. A number that is read from a tensor without data is 1.
@@ -108,17 +110,20 @@ class MemoryTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # half of all calls: not sent through the mode
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes back with the local tensors
         if self.paused:
             return func(*args, **(kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
+        kwargs = kwargs or {}
         if func.namespace in ("fsdp", "c10d"):
-            self._note_communication(func._opname, args, kwargs or {})
-        output = func(*args, **(kwargs or {}))
+            self._note_communication(func._opname, args, kwargs)
+        if func.namespace == "c10d":
+            return func(*_stand_ins(args), **_stand_ins(kwargs))
+        if "device" in kwargs:  # also a move between host and device, which makes a copy
+            kwargs = kwargs | {"device": _META}
+        output = func(*args, **kwargs)
         for value in tree_leaves(output):
             if isinstance(value, Tensor) and not isinstance(value, DTensor):
                 self._note(value)
@@ -154,10 +159,16 @@ class MemoryTracker(TorchDispatchMode):
                 self._resized(storage._cdata, number, before, _rounded(size))
 
         self._patches = ExitStack()
-        self._patches.enter_context(patch.object(torch.UntypedStorage, "resize_", resize))
-        # What DTensor tries out on tensors of the whole shape, to know the result's, is no work of a step.
-        trying = patch.object(ShardingPropagator, "_fake_mode_lock", _Pause(self))
-        self._patches.enter_context(trying)
+        for target, name, new in (
+            (torch.UntypedStorage, "resize_", resize),
+            # What DTensor tries out on tensors of the whole shape, to know the result's, is no work of a step.
+            (ShardingPropagator, "_fake_mode_lock", _Pause(self)),
+            # That parameters have no data is meant.
+            (FSDPParamGroup, "_validate_no_meta_params", lambda _: None),
+            (FSDPParamGroup, "_validate_cpu_offload_params", lambda _: None),
+            (optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"]),
+        ):
+            self._patches.enter_context(patch.object(target, name, new))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -182,6 +193,11 @@ class MemoryTracker(TorchDispatchMode):
     def _freed(self, address: int) -> None:
         number, size = self._alive.pop(address)
         self._events.append((number, -size))
+
+
+def _stand_ins(arguments: Any) -> Any:
+    """With empty tensors on the host in place of those without data, which no process group takes."""
+    return tree_map_only(Tensor, lambda _: torch.empty(0), arguments)
 
 
 class _Pause:
