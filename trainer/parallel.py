@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -38,6 +39,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from trainer.config import ParallelConfig
 from trainer.errors import TrainError
 from trainer.functions import CALLABLE, import_function, import_object
+from trainer.gloo import send_among_peers
 from trainer.precision import compute_in_float8, definite
 
 # The protocol of torch.distributed.fsdp.wrap: called once with recurse=True (go into this module's children?), once
@@ -280,8 +282,11 @@ def parallelise(
             reshard_after_forward=False if group is model else config.reshard_after_forward,
             offload_policy=offload,
         )
-        if on_gpu and config.symmetric_memory and isinstance(group, FSDPModule):
+        assert isinstance(group, FSDPModule)
+        if on_gpu and config.symmetric_memory:
             group.set_symm_mem_for_comm()
+        if dist.get_backend() == "gloo":
+            send_among_peers(group)
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
     if on_gpu:
@@ -318,7 +323,11 @@ def _expensive_operations() -> list[torch._ops.OpOverload]:
     import torch.nn.attention.varlen
 
     aten = torch.ops.aten
+    on_cpu = getattr(
+        torch.ops.shardloop, "tiled_attention", None
+    )  # where models/attention.py is used
     return [
+        *([on_cpu.default] if on_cpu is not None else []),
         aten.mm.default,
         aten.addmm.default,
         aten.bmm.default,

@@ -1,18 +1,22 @@
 """`benchmark.py limit`: how close a training step comes to what the machine's matrix products allow, and where the rest goes.
 
-train.py runs as it is on two gloo ranks, or on GPUs (`gpu`). Behind its last step, in the same processes and at the same time on all ranks,
-every matrix product of a step is timed alone. Then a step more is traced by torch.profiler.
+train.py runs as it is on two gloo ranks, or on GPUs (`gpu`). After each of its steps, in the same processes and at the same time on all
+ranks, every matrix product of a step is timed alone, and on CPUs a plain forward and backward by transformers as well: shares are those of
+a round, so that a machine whose speed changes changes both sides. A last step is traced by torch.profiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
+import shlex
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -60,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", choices=tuple(choices), help=f"only this {name} (all, one after the other)"
         )
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a run (%(default)s)")
+    parser.add_argument(
+        "--flags", default="", help="more flags of train.py, such as '--parallel.compile=true'"
+    )
 
 
 def run(arguments: argparse.Namespace) -> Result:
@@ -70,7 +77,10 @@ def run(arguments: argparse.Namespace) -> Result:
             # One more step is traced.
             write_workload(Path(folder), SHAPES[shape], arguments.steps + 1)
             for dtype in [arguments.dtype] if arguments.dtype else usual_dtypes():
-                work = Work(folder, SHAPES[shape], dtype, True, WARM_UP, arguments.steps + 1)
+                flags = tuple(shlex.split(arguments.flags))
+                work = Work(
+                    folder, SHAPES[shape], dtype, True, WARM_UP, arguments.steps + 1, flags=flags
+                )
                 runs = [launch(work, measure)[0] for _ in range(arguments.repeats)]
                 rows.append({"shape": shape, "dtype": dtype, **combine(runs)})
     return {
@@ -79,22 +89,16 @@ def run(arguments: argparse.Namespace) -> Result:
         "ranks": WORLD_SIZE,
         "repeats": arguments.repeats,
         "steps": arguments.steps,
+        "flags": arguments.flags,
         "rows": rows,
     }
 
 
 def combine(runs: Sequence[Result]) -> Result:
     """Medians of the runs; the profile is that of the run with the fastest traced step."""
-    values = {key: median(run[key] for run in runs) for key in runs[0] if key not in _TRACED}
     fastest = min(runs, key=lambda run: sum(run["profile"].values()))
-    share = values["model_flops"] / values["step_seconds"] / values["peak_flops"]
-    cpu_share = values["model_flops"] / values["step_cpu_seconds"] / values["peak_flops_cpu"]
-    return {
-        **values,
-        "share_pct": 100 * share,
-        "cpu_share_pct": 100 * cpu_share,
-        **{key: fastest[key] for key in _TRACED},
-    }
+    values = {key: median(run[key] for run in runs) for key in runs[0] if key not in _TRACED}
+    return {**values, **{key: fastest[key] for key in _TRACED}}
 
 
 _TRACED = ("profile", "kernels")
@@ -109,7 +113,6 @@ def measure(work: Work) -> Result:
     result: Result = {}
     flops: list[float] = []
     real: list[int] = []
-    ticks: list[tuple[float, float]] = []
     labels: list[int] = []
     held = anonymous_bytes()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -117,7 +120,7 @@ def measure(work: Work) -> Result:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
 
     def measured(model: Any, optimizer: Any, batches: Iterable[Any], **options: Any) -> bool:
-        advance, steps = options.pop("advance"), options.pop("steps")
+        steps = options.pop("steps")
         options |= {"save": lambda _: None, "evaluate": lambda _: None}
 
         def counted() -> Iterator[Any]:
@@ -131,36 +134,45 @@ def measure(work: Work) -> Result:
                 real.append(tokens)
                 yield batch
 
-        def ticked(*told: Any) -> None:
-            ticks.append(now())
-            if len(ticks) == WARM_UP:
-                forget_peak_of(work.device)
-            advance(*told)
-
-        source = counted()
-        arguments = (model, optimizer, source)
-        trainer.loop.train(*arguments, steps=steps - 1, advance=ticked, **options)
-        timed = differences(ticks[WARM_UP - 1 :])
-        result.update(peak_bytes=peak_of(work.device, held), reserved_bytes=reserved())
-        products = products_of_step(model, work, labels=round(mean(labels)))
-        alone, alone_cpu = seconds_alone(products, TORCH_DTYPES[work.dtype], work.device)
-        total = sum(product.flops for product in products.elements())
+        train = partial(trainer.loop.train, model, optimizer, counted(), **options)
+        train(steps=WARM_UP)
+        forget_peak_of(work.device)
+        rounds: list[Result] = []
+        for step in range(WARM_UP + 1, steps):
+            seconds, cpu_seconds = timed(lambda step=step: train(steps=step))
+            if not rounds:
+                result.update(peak_bytes=peak_of(work.device, held), reserved_bytes=reserved())
+                plain = Plain(model.hf.config, work) if work.device == "cpu" else None
+            products = products_of_step(model, work, labels=round(mean(labels)))
+            total = sum(product.flops for product in products.elements())
+            alone, alone_cpu = seconds_alone(products, TORCH_DTYPES[work.dtype], work.device)
+            rounds.append(
+                {
+                    "step_seconds": seconds,
+                    "step_cpu_seconds": cpu_seconds,
+                    "peak_flops": total / alone,
+                    "peak_flops_cpu": total / alone_cpu,
+                    "share_pct": 100 * flops[-1] / seconds / (total / alone),
+                    "cpu_share_pct": 100 * flops[-1] / cpu_seconds / (total / alone_cpu),
+                }
+            )
+            if plain is not None:
+                dist.barrier()
+                plain_share = plain.flops / timed(plain.step)[0] / (total / alone)
+                rounds[-1]["plain_share_pct"] = 100 * plain_share
         clip = torch.profiler.record_function("clipping")(trainer.loop.clip_gradients)
         with (
             patch.object(trainer.loop, "clip_gradients", clip),
             torch.profiler.profile(activities=activities) as profile,
         ):
             began, _ = now()
-            finished = trainer.loop.train(*arguments, steps=steps, advance=advance, **options)
+            finished = train(steps=steps)
             traced = now()[0] - began
         result.update(
-            step_seconds=median(step["seconds"] for step in timed),
-            step_cpu_seconds=median(step["cpu_seconds"] for step in timed),
+            {key: median(one[key] for one in rounds) for key in rounds[0]},
             model_flops=mean(flops[WARM_UP:-1]),
             tokens=mean(real[WARM_UP:-1]),
             valid_tokens=mean(labels[WARM_UP:-1]),
-            peak_flops=total / alone,
-            peak_flops_cpu=total / alone_cpu,
             profile=categories(profile, traced),
             kernels=kernel_seconds(kernels_of(profile)),
         )
@@ -168,6 +180,42 @@ def measure(work: Work) -> Result:
 
     run_main(work, measured)
     return result
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, float]:
+    """Its wall and CPU seconds."""
+    before = now()
+    function()
+    (step,) = differences([before, now()])
+    return step["seconds"], step["cpu_seconds"]
+
+
+class Plain:
+    """Forward and backward of transformers' own model and loss on a rank, whole and alone: no other ranks, no optimizer.
+
+    Its micro-batch has as many tokens, all of them predicted, each row one document.
+    """
+
+    def __init__(self, hf_config: Any, work: Work) -> None:
+        from transformers import AutoModelForCausalLM
+
+        from models.flops import training_flops
+
+        dtype = getattr(torch, work.dtype)
+        # A copy: it takes down which attention was asked for, and the trained model reads that in every step.
+        own = copy.deepcopy(hf_config)
+        self._model = AutoModelForCausalLM.from_config(
+            own, attn_implementation="sdpa", dtype=dtype
+        ).train()
+        rows, length = work.shape.micro_batch_size, work.shape.seq_len
+        self._ids = torch.randint(work.shape.vocabulary, (rows, length))
+        predicted = rows * (length - 1)
+        self.flops = training_flops(hf_config, rows * length, predicted, rows * length**2)
+
+    def step(self) -> None:
+        loss = self._model(input_ids=self._ids, labels=self._ids, use_cache=False).loss
+        loss.backward()
+        self._model.zero_grad()
 
 
 # ------------------------------------------------------------------------------- products by themselves
@@ -217,7 +265,7 @@ def seconds_alone(
 
 
 def best_of(
-    product: Product, dtype: torch.dtype, device: str, *, tries: int = 4
+    product: Product, dtype: torch.dtype, device: str, *, tries: int = 3
 ) -> tuple[float, float]:
     """Wall and CPU seconds, into memory that is there already."""
     inputs = torch.randn(product.rows, product.inputs, device=device).to(dtype)
@@ -292,7 +340,7 @@ def category_of(name: str, outer: str) -> str:
         return "loss: rest"
     if name.startswith(("FSDP::", "c10d::", "gloo:", "record_param_comms")):
         return "communication"
-    if "scaled_dot_product" in name:
+    if "scaled_dot_product" in name or "tiled_attention" in name:
         return "attention"
     if matmul:
         return "matmul"
@@ -367,16 +415,16 @@ def as_markdown(result: Result) -> str:
     lines = [
         setting(result),
         f"{result['ranks']} gloo ranks, packed; medians of {result['repeats']} runs of {result['steps']} steps; "
-        "numbers are those of one rank",
+        f"numbers are those of one rank{result['flags'] and '; ' + result['flags']}",
         "",
-        "| shape | dtype | step seconds | model GFLOP | GFLOP/s | of its products alone | % | by CPU seconds % |",
-        "|---|---|---|---|---|---|---|---|",
+        "| shape | dtype | step seconds | model GFLOP | GFLOP/s | of its products alone | % | by CPU seconds % | plain forward and backward % |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row['shape']} | {row['dtype']} | {row['step_seconds']:.3f} | {row['model_flops'] / 1e9:,.0f} "
             f"| {row['model_flops'] / row['step_seconds'] / 1e9:,.1f} | {row['peak_flops'] / 1e9:,.1f} "
-            f"| {row['share_pct']:.1f} | {row['cpu_share_pct']:.1f} |"
+            f"| {row['share_pct']:.1f} | {row['cpu_share_pct']:.1f} | {row['plain_share_pct']:.1f} |"
         )
     titles = [f"{row['shape']}, {row['dtype']}" for row in rows]
     lines += [

@@ -2,7 +2,7 @@
 
 python -m scripts.planner.documents [bytes] [recipes] [matrix] [sample] [network]
 
-Without names all of them; the matrix takes half an hour on two cores, the others minutes. Each stands between two comments that name it.
+Without names all of them; the matrix takes a quarter of an hour on two cores, the others minutes. Each stands between two comments that name it.
 """
 
 from __future__ import annotations

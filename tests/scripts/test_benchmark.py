@@ -192,6 +192,7 @@ def test_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: None) -
     assert main(["limit", *flags, "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())["rows"]
     assert 0 < row["share_pct"] < 100
+    assert 0 < row["plain_share_pct"] < 100
     for category in ("matmul", "loss: matmul", "attention", "communication", "optimizer", "Python"):
         assert row["profile"][category] > 0, category
     assert "| % of a traced step | layers, float32 |" in capsys.readouterr().out

@@ -337,7 +337,8 @@ def _recomputation(kind: str, attention: str, **config: Any) -> dict[str, Any]:
         "loss": loss.item(),
         "gradients": {name: p.grad for name, p in model.named_parameters()},
         "products": calls["mm"] + calls["addmm"] + calls["bmm"],
-        "attention": calls["_scaled_dot_product_flash_attention_for_cpu"],
+        "attention": calls["_scaled_dot_product_flash_attention_for_cpu"]
+        + calls["tiled_attention"],
         "powers": calls["pow"],
         "kept": sum(kept.values()),
     }
