@@ -220,12 +220,12 @@ def _tiled_backward(
     grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     for group in _groups(document_offsets):
         q, k, v = group.queries(query, key), group.keys(key), group.keys(value)
-        given = group.queries(grad, key, padding=0.0)
+        given = group.queries(grad, key, zero_padding=True)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, end, weights in _tiles(q, k, scaling):
             grad_v[:, :end].baddbmm_(weights.transpose(1, 2), given[:, rows])
             grad_weights = torch.bmm(given[:, rows], v[:, :end].transpose(1, 2))
-            # [..] of softmax: weights * (gradient - sum of gradient * weights), in one pass
+            # Through the softmax: weights * (gradient - sum of gradient * weights), in one pass.
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_q[:, rows].baddbmm_(grad_scores, k[:, :end], beta=0, alpha=scaling)
             grad_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), q[:, rows], alpha=scaling)
@@ -260,12 +260,12 @@ class _Group:
     real: Tensor | None
     """Which of the D * L are no padding."""
 
-    def queries(self, x: Tensor, key: Tensor, padding: float | None = None) -> Tensor:
+    def queries(self, x: Tensor, key: Tensor, *, zero_padding: bool = False) -> Tensor:
         """[T, N, H] -> [D * K, L * N / K, H] in fp32: the rows of a token's heads that share keys follow each other."""
         x = self._taken(x)
-        if padding is not None and self.real is not None:
+        if zero_padding and self.real is not None:
             kept = x.flatten(0, 1)[self.real]
-            x = torch.full_like(x, padding)
+            x = torch.zeros_like(x)
             x.flatten(0, 1)[self.real] = kept
         x = x.unflatten(2, (key.shape[1], -1)).transpose(1, 2)
         return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
@@ -280,14 +280,16 @@ class _Group:
 
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write what belongs to these tokens, shaped as by `queries` or `keys`, into `whole` [T, heads, H]."""
-        documents = 1 if self.real is None else self.tokens.shape[0]  # type: ignore[union-attr]
-        length = whole[self.tokens].shape[-3]
+        if isinstance(self.tokens, slice):
+            documents, length = 1, self.tokens.stop - self.tokens.start
+        else:
+            documents, length = self.tokens.shape
         part = part.view(documents, -1, length, part.shape[1] // length, part.shape[2])
         part = part.transpose(1, 2).reshape(documents * length, *whole.shape[1:])
-        if self.real is None:
+        if isinstance(self.tokens, slice):
             whole[self.tokens] = part
         else:
-            whole[self.tokens.flatten()[self.real]] = part[self.real].to(whole.dtype)  # type: ignore[union-attr]
+            whole[self.tokens.flatten()[self.real]] = part[self.real].to(whole.dtype)
 
 
 def _groups(document_offsets: Tensor) -> Iterator[_Group]:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+_USUAL = gc.get_threshold()
+
 
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Run `main` and end with its exit code, without collecting what lives to the end.
@@ -19,3 +21,12 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     gc.set_threshold(100_000, 10, 10)
     atexit.register(gc.freeze)
     sys.exit(main())
+
+
+def collect_as_usual() -> None:
+    """Once everything is loaded: the garbage collector's usual rhythm, without what exists by now.
+
+    A step must not wait long for the memory of tensors that refer to each other.
+    """
+    gc.freeze()
+    gc.set_threshold(*_USUAL)

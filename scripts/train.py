@@ -29,7 +29,7 @@ from scripts.command_line import (
 )
 from scripts.config import TrainConfig, output_folder
 from scripts.environment import remove_launcher_folders, use_cache_dir
-from scripts.process import run_command
+from scripts.process import collect_as_usual, run_command
 from trainer.crashes import Attempt
 from trainer.errors import PeerLostError, TrainError, TransientError
 from trainer.launchers import launch_fault
@@ -79,6 +79,7 @@ def _main(argv: list[str] | None, stop: StopRequest) -> int:
         from scripts.wiring import run
         from trainer.distributed import meet
 
+        collect_as_usual()
         ranks = meet()
         return run(config, cache_dir, ranks, stop, attempt)
     except (CommandLineError, DataError, ModelError, TrainError) as error:
