@@ -59,9 +59,8 @@ class ReduceFromPeers(_Fresh, ReduceScatter):
 
         It is done when this returns; the order of the sum follows from the number of ranks alone.
         """
-        assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), (
-            op
-        )  # all that FSDP asks for in fp32 and bf16
+        # All that FSDP asks for in fp32 and bf16.
+        assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
         ranks, rank = group.size(), group.rank()
         parts = input_tensor.chunk(ranks)
         received = output_tensor

@@ -323,9 +323,8 @@ def _expensive_operations() -> list[torch._ops.OpOverload]:
     import torch.nn.attention.varlen
 
     aten = torch.ops.aten
-    on_cpu = getattr(
-        torch.ops.shardloop, "tiled_attention", None
-    )  # where models/attention.py is used
+    # Registered by models/attention.py, where that is used.
+    on_cpu = getattr(torch.ops.shardloop, "tiled_attention", None)
     return [
         *([on_cpu.default] if on_cpu is not None else []),
         aten.mm.default,
