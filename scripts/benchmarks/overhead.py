@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +17,7 @@ from scripts.benchmarks.common import Result, machine, setting, versions
 from scripts.benchmarks.step import launch, usual_dtypes, write_workload
 from scripts.benchmarks.trainers import (
     MAX_GRAD_NORM,
+    TIMES,
     WORLD_SIZE,
     Work,
     differences,
@@ -46,14 +47,13 @@ def run(arguments: argparse.Namespace) -> Result:
             runs = [launch(work, compare, arguments.steps)[0] for _ in range(arguments.repeats)]
             sides = {
                 name: {
-                    key: median(step[key] for run in runs for step in run[name])
-                    for key in ("seconds", "cpu_seconds")
+                    key: median(step[key] for run in runs for step in run[name]) for key in TIMES
                 }
                 for name in ("train", "bare")
             }
             overhead = {
                 f"overhead_{key}_pct": 100 * (sides["train"][key] / sides["bare"][key] - 1)
-                for key in ("seconds", "cpu_seconds")
+                for key in TIMES
             }
             rows.append({"dtype": dtype, **sides, **overhead})
     return {
@@ -67,22 +67,27 @@ def run(arguments: argparse.Namespace) -> Result:
     }
 
 
-def compare(work: Work, block: int) -> Result:
-    """On a rank: seconds of every step of the loop and of the bare one, behind a block of each."""
+def compare(
+    work: Work,
+    block: int,
+    read: Callable[[], tuple[float, float]] = now,
+    names: tuple[str, str] = TIMES,
+) -> Result:
+    """On a rank: seconds of every step of the loop and of the bare one, behind a block of each; or of what else `read` counts."""
     from trainer.loop import train
 
     found: dict[str, list[Result]] = {"train": [], "bare": []}
 
     def block_of_train(model: Any, optimizer: Any, batches: Iterator[Any], **options: Any) -> Any:
         """Whether it finished, and the ticks."""
-        ticks, advance = [now()], options.pop("advance")
+        ticks, advance = [read()], options.pop("advance")
 
         def advanced(*told: Any) -> None:
             advance(*told)
-            ticks.append(now())
+            ticks.append(read())
 
         finished = train(model, optimizer, batches, advance=advanced, **options)
-        ticks[-1] = now()  # what follows the last step belongs to it
+        ticks[-1] = read()  # what follows the last step belongs to it
         return finished, ticks
 
     def taking_turns(
@@ -96,10 +101,10 @@ def compare(work: Work, block: int) -> Result:
             finished, of_train = block_of_train(
                 model, optimizer, kept(batches, seen), steps=steps, **options
             )
-            of_bare = bare_loop(model, optimizer, seen, device=options["device"])
+            of_bare = bare_loop(model, optimizer, seen, options["device"], read)
             if steps > block:
-                found["train"] += differences(of_train)
-                found["bare"] += differences(of_bare)
+                found["train"] += differences(of_train, names)
+                found["bare"] += differences(of_bare, names)
         return finished
 
     run_main(work, taking_turns)
@@ -113,22 +118,26 @@ def kept(batches: Iterator[Any], seen: list[Any]) -> Iterator[Any]:
 
 
 def bare_loop(
-    model: Any, optimizer: Any, batches: Sequence[Any], *, device: Any
+    model: Any,
+    optimizer: Any,
+    batches: Sequence[Any],
+    device: Any,
+    read: Callable[[], tuple[float, float]],
 ) -> list[tuple[float, float]]:
-    """What any loop has to do; returns when it began and when each step ended."""
+    """What any loop has to do; returns what was read when it began and when each step ended."""
     import torch
 
     from trainer.loop import to_device
     from trainer.loss import causal_lm_loss
 
-    ticks = [now()]
+    ticks = [read()]
     for batch in batches:
         loss, _ = causal_lm_loss(model, to_device(batch, device))
         (loss / len(batch["label_positions"])).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        ticks.append(now())
+        ticks.append(read())
     return ticks
 
 
@@ -145,7 +154,7 @@ def as_markdown(result: Result) -> str:
     for row in result["rows"]:
         cells = [
             f"{row['train'][key]:.4f} | {row['bare'][key]:.4f} | {row[f'overhead_{key}_pct']:+.2f}"
-            for key in ("seconds", "cpu_seconds")
+            for key in TIMES
         ]
         lines.append(f"| {row['dtype']} | {' | '.join(cells)} |")
     return "\n".join(lines)

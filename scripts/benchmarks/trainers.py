@@ -61,10 +61,15 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def differences(ticks: Sequence[tuple[float, float]]) -> list[Result]:
+TIMES = ("seconds", "cpu_seconds")
+
+
+def differences(
+    ticks: Sequence[tuple[float, float]], names: tuple[str, str] = TIMES
+) -> list[Result]:
     """Of the steps between them."""
     return [
-        {"seconds": after[0] - before[0], "cpu_seconds": after[1] - before[1]}
+        {name: end - begin for name, begin, end in zip(names, before, after, strict=True)}
         for before, after in pairwise(ticks)
     ]
 
