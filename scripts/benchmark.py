@@ -6,7 +6,8 @@ python scripts/benchmark.py checkpoint [--megabytes N] [--folder DIR] [--repeats
 python scripts/benchmark.py loss [--tokens N] [--width N] [--vocabulary N] [--repeats N] [--json FILE]
 python scripts/benchmark.py memory [--seq_len N] [--layers N] [--width N] [--repeats N] [--json FILE]
 python scripts/benchmark.py step [--shape S] [--dtype D] [--packing P] [--steps N] [--repeats N] [--json FILE]
-python scripts/benchmark.py limit [--shape S] [--dtype D] [--steps N] [--repeats N] [--json FILE]
+python scripts/benchmark.py limit [--shape S] [--dtype D] [--micro_batches N] [--flags F] [--steps N] [--repeats N] [--json FILE]
+python scripts/benchmark.py optimizer [--parameters N] [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py overhead [--steps N] [--blocks N] [--repeats N] [--json FILE]
 python scripts/benchmark.py scaling [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py start [--job J] [--repeats N] [--json FILE]
@@ -41,6 +42,7 @@ from scripts.benchmarks import (
     load,
     loss,
     memory,
+    optimizer,
     overhead,
     scaling,
     start,
@@ -56,6 +58,7 @@ COMMANDS = {
     "load": load,
     "loss": loss,
     "memory": memory,
+    "optimizer": optimizer,
     "overhead": overhead,
     "scaling": scaling,
     "start": start,

@@ -289,4 +289,4 @@ def fit(file: Path) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, leave_at_once=True)

@@ -46,7 +46,7 @@ def build_optimizer(
     torch.optim, with weight decay in those of matrices.
 
     Returns:
-        torch's AdamW, fused where the device has a fused kernel; a `GroupedOptimizer` for Muon and where parameters
+        torch's AdamW on shards, fused where the device has a fused kernel; a `GroupedOptimizer` for Muon and where parameters
         or state are bf16. Hyperparameters stay as configured when a saved state is loaded.
 
     Raises:
@@ -90,7 +90,7 @@ def build_optimizer(
     elif config.name == "muon" or config.state_dtype != "float32" or bf16_masters:
         optimizer = GroupedOptimizer(described, config)
     else:
-        optimizer = torch.optim.AdamW(
+        optimizer = ShardedAdamW(
             described,
             lr=config.learning_rate,
             betas=config.betas,
@@ -129,6 +129,22 @@ def _own_optimizer(
             "give the optimizer all groups"
         )
     return optimizer
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """torch's AdamW, whose state are DTensors as the parameters are, but which computes on this rank's parts of them.
+
+    An update of an element needs no other element, so nothing has to be worked out or sent; torch works it out for every
+    DTensor in every step, with the GPU waiting: for 400 parameters 28 ms of a host for 5, and seconds in the first step.
+    """
+
+    def _init_group(
+        self, group: dict[str, Any], parameters: list[Tensor], *lists: list[Tensor]
+    ) -> bool:
+        has_complex = super()._init_group(group, parameters, *lists)
+        for tensors in (parameters, *lists):
+            tensors[:] = map(_local, tensors)
+        return has_complex
 
 
 class GroupedOptimizer(torch.optim.Optimizer):

@@ -65,21 +65,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a run (%(default)s)")
     parser.add_argument(
+        "--micro_batches", type=int, default=1, help="of a rank in each step (%(default)s)"
+    )
+    parser.add_argument(
         "--flags", default="", help="more flags of train.py, such as '--parallel.compile=true'"
     )
 
 
 def run(arguments: argparse.Namespace) -> Result:
     """All numbers."""
-    rows = []
+    rows, each = [], arguments.micro_batches
     for shape in [arguments.shape] if arguments.shape else SHAPES:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             # One more step is traced.
-            write_workload(Path(folder), SHAPES[shape], arguments.steps + 1)
+            write_workload(Path(folder), SHAPES[shape], (WARM_UP + arguments.steps + 1) * each)
             for dtype in [arguments.dtype] if arguments.dtype else usual_dtypes():
                 flags = tuple(shlex.split(arguments.flags))
                 work = Work(
-                    folder, SHAPES[shape], dtype, True, WARM_UP, arguments.steps + 1, flags=flags
+                    folder,
+                    SHAPES[shape],
+                    dtype,
+                    packed=True,
+                    warm_up=WARM_UP,
+                    steps=arguments.steps + 1,
+                    flags=flags,
+                    micro_batches=each,
                 )
                 runs = [launch(work, measure)[0] for _ in range(arguments.repeats)]
                 rows.append({"shape": shape, "dtype": dtype, **combine(runs)})
@@ -89,6 +99,7 @@ def run(arguments: argparse.Namespace) -> Result:
         "ranks": WORLD_SIZE,
         "repeats": arguments.repeats,
         "steps": arguments.steps,
+        "micro_batches": each,
         "flags": arguments.flags,
         "rows": rows,
     }
@@ -111,9 +122,11 @@ def measure(work: Work) -> Result:
     from trainer.parallel import DTYPES as TORCH_DTYPES
 
     result: Result = {}
+    # Of each micro-batch.
     flops: list[float] = []
     real: list[int] = []
     labels: list[int] = []
+    behind = slice(WARM_UP * work.micro_batches, -work.micro_batches)  # the timed steps'
     held = anonymous_bytes()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if work.device == "cuda":
@@ -145,6 +158,7 @@ def measure(work: Work) -> Result:
                 plain = Plain(model.hf.config, work) if work.device == "cpu" else None
             products = products_of_step(model, work, labels=round(mean(labels)))
             total = sum(product.flops for product in products.elements())
+            model_flops = sum(flops[-work.micro_batches :])
             alone, alone_cpu = seconds_alone(products, TORCH_DTYPES[work.dtype], work.device)
             rounds.append(
                 {
@@ -152,8 +166,8 @@ def measure(work: Work) -> Result:
                     "step_cpu_seconds": cpu_seconds,
                     "peak_flops": total / alone,
                     "peak_flops_cpu": total / alone_cpu,
-                    "share_pct": 100 * flops[-1] / seconds / (total / alone),
-                    "cpu_share_pct": 100 * flops[-1] / cpu_seconds / (total / alone_cpu),
+                    "share_pct": 100 * model_flops / seconds / (total / alone),
+                    "cpu_share_pct": 100 * model_flops / cpu_seconds / (total / alone_cpu),
                 }
             )
             if plain is not None:
@@ -170,9 +184,9 @@ def measure(work: Work) -> Result:
             traced = now()[0] - began
         result.update(
             {key: median(one[key] for one in rounds) for key in rounds[0]},
-            model_flops=mean(flops[WARM_UP:-1]),
-            tokens=mean(real[WARM_UP:-1]),
-            valid_tokens=mean(labels[WARM_UP:-1]),
+            model_flops=work.micro_batches * mean(flops[behind]),
+            tokens=work.micro_batches * mean(real[behind]),
+            valid_tokens=work.micro_batches * mean(labels[behind]),
             profile=categories(profile, traced),
             kernels=kernel_seconds(kernels_of(profile)),
         )
@@ -414,8 +428,8 @@ def as_markdown(result: Result) -> str:
     rows = result["rows"]
     lines = [
         setting(result),
-        f"{result['ranks']} gloo ranks, packed; medians of {result['repeats']} runs of {result['steps']} steps; "
-        f"numbers are those of one rank{result['flags'] and '; ' + result['flags']}",
+        f"{result['ranks']} gloo ranks, packed; medians of {result['repeats']} runs of {result['steps']} steps of "
+        f"{result['micro_batches']} micro-batches; numbers are those of one rank{result['flags'] and '; ' + result['flags']}",
         "",
         "| shape | dtype | step seconds | model GFLOP | GFLOP/s | of its products alone | % | by CPU seconds % | plain forward and backward % |",
         "|---|---|---|---|---|---|---|---|---|",

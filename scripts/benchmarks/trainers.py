@@ -50,6 +50,8 @@ class Work:
     device: str = "cpu"
     flags: tuple[str, ...] = ()
     """More flags of train.py."""
+    micro_batches: int = 1
+    """Of a rank in each step of our trainer."""
 
 
 def now() -> tuple[float, float]:
@@ -179,6 +181,7 @@ def train_arguments(work: Work, output_dir: Path) -> list[str]:
         f"--steps={work.warm_up + work.steps}",
         f"--seed={SEED}",
         f"--micro_batch_size={work.shape.micro_batch_size}",
+        f"--global_batch_size={work.shape.micro_batch_size * work.micro_batches * int(os.environ['WORLD_SIZE'])}",
         f"--model.path={folder / 'model'}",
         "--model.check_first_loss=never",  # of random weights
         f"--data.path={folder / 'train.jsonl'}",

@@ -188,7 +188,7 @@ def test_a_side_that_cannot_run_says_why() -> None:
 @pytest.mark.distributed
 def test_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: None) -> None:
     file = tmp_path / "numbers.json"
-    flags = ["--shape=layers", "--dtype=float32", "--steps=1", "--repeats=1"]
+    flags = ["--shape=layers", "--dtype=float32", "--steps=1", "--repeats=1", "--micro_batches=2"]
     assert main(["limit", *flags, "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())["rows"]
     assert 0 < row["share_pct"] < 100
@@ -219,6 +219,17 @@ def test_overhead(
     # What a step of a tiny model costs beside its tensors is most of it, but not many times more.
     assert -50 < row["overhead_cpu_seconds_pct"] < 500
     assert f"{row['overhead_seconds_pct']:+.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+def test_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "numbers.json"
+    flags = ["--parameters=20", "--steps=3", "--repeats=1", "--json", str(file)]
+    assert main(["optimizer", *flags]) == 0
+    sides = json.loads(file.read_text())["sides"]
+    assert len(sides) == 4
+    assert all(0 < side["seconds"] <= side["first_seconds"] for side in sides.values())
+    assert "| trainer.optimizer, state in bf16 |" in capsys.readouterr().out
 
 
 def test_kernels_count_by_kind_and_what_hides_communication() -> None:

@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from models.build import decoder_layer_classes
 from tests.support.models import full, packed_batch, random_documents, tiny_model
@@ -117,6 +119,41 @@ def _clipped(max_grad_norm: float, scale: float) -> tuple[float, list[torch.Tens
     _set_gradients(model, scale)
     norm = clip_gradients(model.parameters(), max_grad_norm)
     return norm, [full(p.grad) for p in model.parameters()]
+
+
+def _over_shards() -> list[Any]:
+    """What torch's own and ours make of DTensors: uneven ones, and one of which a rank has nothing."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = nn.Module()
+        for number, shape in enumerate([(5, 3), (1, 4), (7,)]):
+            whole = distribute_tensor(torch.randn(shape), mesh, [Shard(0)])
+            model.register_parameter(f"p{number}", nn.Parameter(whole))
+        if ours:
+            optimizer = build_optimizer(model, OptimizerConfig())
+        else:
+            decay, none = [p for p in model.parameters() if p.ndim == 2], [model.p2]
+            groups = [{"params": decay}, {"params": none, "weight_decay": 0.0}]
+            optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), fused=True)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = distribute_tensor(torch.randn(parameter.shape), mesh, [Shard(0)])
+            optimizer.step()
+        state = [optimizer.state[p][key] for p in model.parameters() for key in ADAMW_STATE]
+        assert all(isinstance(x, DTensor) for x in state)
+        found.append([x.full_tensor() for x in (*model.parameters(), *state)])
+    return found
+
+
+ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+
+
+@pytest.mark.distributed
+def test_an_update_of_shards_is_torchs_bit_for_bit() -> None:
+    for ours, torchs in run_ranks(_over_shards, 2):
+        assert len(ours) == 9 and _equal(ours, torchs)
 
 
 @pytest.mark.distributed
