@@ -7,7 +7,7 @@ python scripts/benchmark.py loss [--tokens N] [--width N] [--vocabulary N] [--re
 python scripts/benchmark.py memory [--seq_len N] [--layers N] [--width N] [--repeats N] [--json FILE]
 python scripts/benchmark.py step [--shape S] [--dtype D] [--packing P] [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py limit [--shape S] [--dtype D] [--micro_batches N] [--flags F] [--steps N] [--repeats N] [--json FILE]
-python scripts/benchmark.py optimizer [--parameters N] [--steps N] [--repeats N] [--json FILE]
+python scripts/benchmark.py optimizer [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py overhead [--steps N] [--blocks N] [--repeats N] [--json FILE]
 python scripts/benchmark.py scaling [--steps N] [--repeats N] [--json FILE]
 python scripts/benchmark.py start [--job J] [--repeats N] [--json FILE]

@@ -152,7 +152,9 @@ def sharded_without_weights(
     return model
 
 
-def optimizer_of(model: PackedCausalLM, config: OptimizerConfig) -> torch.optim.Optimizer:
+def optimizer_of(
+    model: PackedCausalLM, config: OptimizerConfig, *, compile: bool = False
+) -> torch.optim.Optimizer:
     """Of what the sharded model trains, with its decoder layers, embedding and head told apart."""
     return build_optimizer(
         model,
@@ -160,6 +162,7 @@ def optimizer_of(model: PackedCausalLM, config: OptimizerConfig) -> torch.optim.
         layer_classes=decoder_layer_classes(model),
         embedding=model.embedding.weight,
         head=model.head.weight,
+        compile=compile,
     )
 
 

@@ -300,7 +300,7 @@ def assemble(job: Job, at_end: ExitStack) -> Pieces:
     check_units(config, loss, pairs=pairs)
     # What a model draws while training differs by rank, but not on ranks that compute together.
     seed_generators(config.seed + ranks.rank // config.parallel.tp)
-    optimizer = optimizer_of(model, config.optimizer)
+    optimizer = optimizer_of(model, config.optimizer, compile=config.parallel.compile)
     checkpointer = Checkpointer(
         job.output_dir / "checkpoints",
         model,

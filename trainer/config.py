@@ -62,7 +62,7 @@ class ParallelConfig:
     """Compute the linear layers of the decoder layers in float8 by torchao (the extra [torchao]), with one scale per tensor or per row; needs a GPU of capability 8.9 (H100: 9.0) or more."""
 
     compile: bool = False
-    """Compile each decoder layer with torch.compile."""
+    """Compile each decoder layer with torch.compile, and AdamW's update of what is kept in bf16."""
 
 
 @dataclass(frozen=True)

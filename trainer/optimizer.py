@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.distributed import sum_over_ranks
@@ -21,7 +19,11 @@ from trainer.errors import TrainError
 from trainer.functions import CALLABLE, import_function
 from trainer.hardware import FUSED_OPTIMIZER
 from trainer.precision import BYTES
+from trainer.rounding import keep_, places_in_whole, seed_of
 
+ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+BLOCK = 2**24
+"""Elements that `GroupedOptimizer` updates at once: what it computes in fp32 takes memory only for these."""
 STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -32,6 +34,7 @@ def build_optimizer(
     layer_classes: Collection[type[nn.Module]] = (),
     embedding: Tensor | None = None,
     head: Tensor | None = None,
+    compile: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer of what `model` trains: decoupled weight decay on matrices only, one rate ratio per group.
 
@@ -41,6 +44,7 @@ def build_optimizer(
         layer_classes: the decoder layers, whose matrices Muon updates but embeddings; AdamW updates everything else.
         embedding: the parameter whose rate is multiplied by `embedding_lr_ratio`.
         head: likewise by `head_lr_ratio`; where it is the embedding, the embedding's ratio counts.
+        compile: make one kernel of an update by AdamW where parameters or state are bf16.
 
     A `config.name` of `callable:package.function` names a function of (model, groups, config): the groups are for
     torch.optim, with weight decay in those of matrices.
@@ -88,7 +92,7 @@ def build_optimizer(
     if config.name.startswith(CALLABLE):
         optimizer = _own_optimizer(model, described, config)
     elif config.name == "muon" or config.state_dtype != "float32" or bf16_masters:
-        optimizer = GroupedOptimizer(described, config)
+        optimizer = GroupedOptimizer(described, config, compile=compile)
     else:
         optimizer = ShardedAdamW(
             described,
@@ -156,12 +160,19 @@ class GroupedOptimizer(torch.optim.Optimizer):
     place in the whole tensor: a continued run repeats it, replicas stay equal, and the number of ranks does not matter.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], config: OptimizerConfig, *, compile: bool = False
+    ) -> None:
         # With the keys of torch's AdamW, so that either continues what the other has saved.
         blank = torch.optim.AdamW([nn.Parameter(torch.empty(0))], lr=config.learning_rate)
         super().__init__(groups, blank.defaults)
         self._config = config
         self._dtype = STATE_DTYPES[config.state_dtype]
+        # What differs from call to call are tensors and their one length: one graph does for all.
+        self._update: Callable[..., Any] = (
+            torch.compile(adamw_, dynamic=True) if compile else adamw_
+        )
+        self._number: Callable[..., Any] = torch.tensor if compile else _as_it_is
         masters = {p.dtype for group in self.param_groups for p in group["params"]}
         self.unmoved = torch.zeros(2, dtype=torch.int64) if torch.bfloat16 in masters else None
         """Of this rank's bf16 masters since it was set to zero: elements that stayed as they were though their step
@@ -179,20 +190,35 @@ class GroupedOptimizer(torch.optim.Optimizer):
                     update(parameter, group["lr"], group["weight_decay"], place)
 
     def _adamw(self, parameter: Tensor, rate: float, weight_decay: float, place: int) -> None:
-        """https://arxiv.org/abs/1711.05101"""
-        beta1, beta2 = self._config.betas
-        weight, grad = _local(parameter).float(), _local(parameter.grad).float()
-        state = self._state(parameter, "exp_avg", "exp_avg_sq")
-        mean = _exact(state["exp_avg"]).lerp_(grad, 1 - beta1)
-        square = _exact(state["exp_avg_sq"]).mul_(beta2)
-        square.addcmul_(grad, grad, value=1 - beta2)
+        state = self._state(parameter, *ADAMW_STATE)
         step = int(state["step"])
-        denominator = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(self._config.eps)
-        weight.mul_(1 - rate * weight_decay)
-        weight.addcdiv_(mean, denominator, value=-rate / (1 - beta1**step))
-        self._keep(parameter, weight, (step, place, 0))
-        self._keep(state["exp_avg"], mean, (step, place, 1))
-        self._keep(state["exp_avg_sq"], square, (step, place, 2))
+        beta1, beta2 = self._config.betas
+        factors = 1 - rate * weight_decay, math.sqrt(1 - beta2**step), rate / (1 - beta1**step)
+        numbers = [self._number(factor) for factor in factors]
+        seeds = [
+            self._number(seed_of(step, place, tensor), dtype=torch.int32) for tensor in range(3)
+        ]
+        own = [
+            _local(x) for x in (parameter, *(state[name] for name in ADAMW_STATE), parameter.grad)
+        ]
+        flat = [x.contiguous().view(-1) for x in own]
+        for begin in range(0, len(flat[0]), BLOCK):
+            end = min(begin + BLOCK, len(flat[0]))
+            # Without its base, which a graph would be compiled for.
+            *kept, grad = (x[begin:end].data for x in flat)
+            places = (
+                None
+                if self._config.rounding == "nearest"
+                else places_in_whole(parameter, begin, end)
+            )
+            counts = self._update(
+                *kept, grad, places, numbers, seeds, self._config.betas, self._config.eps
+            )
+            if counts is not None:
+                self._count(counts)
+        for whole, part in zip(own[:-1], flat[:-1], strict=True):
+            if part.data_ptr() != whole.data_ptr():  # it lay in another order
+                whole.copy_(part.view_as(whole))
 
     def _muon(self, parameter: Tensor, rate: float, weight_decay: float, place: int) -> None:
         """https://kellerjordan.github.io/posts/muon, with Nesterov momentum.
@@ -203,7 +229,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         momentum, adjustment = self._config.muon_momentum, self._config.muon_lr_adjustment
         weight, grad = _local(parameter).float(), _local(parameter.grad).float()
         state = self._state(parameter, "momentum_buffer")
-        average = _exact(state["momentum_buffer"]).lerp_(grad, 1 - momentum)
+        average = _local(state["momentum_buffer"]).float().lerp_(grad, 1 - momentum)
         direction = grad.lerp(average, momentum)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
@@ -222,24 +248,20 @@ class GroupedOptimizer(torch.optim.Optimizer):
             unit_step = _orthogonal_step(direction, adjustment)
         weight.mul_(1 - rate * weight_decay).add_(unit_step, alpha=rate)
         step = int(state["step"])
-        self._keep(parameter, weight, (step, place, 0))
-        self._keep(state["momentum_buffer"], average, (step, place, 1))
+        for tensor, (kept, exact) in enumerate(
+            [(parameter, weight), (state["momentum_buffer"], average)]
+        ):
+            places = None
+            if self._config.rounding == "stochastic":
+                places = places_in_whole(parameter, 0, exact.numel()).view_as(exact)
+            seed = seed_of(step, place, tensor)
+            counts = keep_(_local(kept), exact, places, seed, count=tensor == 0)
+            if counts is not None:
+                self._count(counts)
 
-    def _keep(self, kept: Tensor, exact: Tensor, key: tuple[int, int, int]) -> None:
-        """Store exact fp32 values of this rank's part; fp32 tensors were updated in place, `float()` copied nothing."""
-        local = _local(kept)
-        if local.dtype != torch.bfloat16:
-            return
-        if self._config.rounding == "stochastic":
-            rounded = stochastic_bfloat16(exact, rounding_noise(kept, key))
-        else:
-            rounded = exact.bfloat16()
-        if isinstance(kept, nn.Parameter):
-            moves = exact != local
-            counts = torch.stack([(moves & (rounded == local)).sum(), moves.sum()])
-            assert self.unmoved is not None
-            self.unmoved = self.unmoved.to(counts.device) + counts
-        local.copy_(rounded)
+    def _count(self, counts: Tensor) -> None:
+        assert self.unmoved is not None
+        self.unmoved = self.unmoved.to(counts.device) + counts
 
     def _state(self, parameter: Tensor, *names: str) -> dict[str, Any]:
         """The parameter's state in the step that begins, its count on the host; zeros at first."""
@@ -270,9 +292,8 @@ def _local(tensor: Tensor | None) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _exact(state: Tensor) -> Tensor:
-    """This rank's part of a running average in fp32; the stored tensor itself where it is fp32."""
-    return _local(state).float()
+def _as_it_is(number: float, **_: Any) -> float:
+    return number
 
 
 def _orthogonal_step(matrix: Tensor, adjustment: str) -> Tensor:
@@ -294,38 +315,44 @@ def state_bytes(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> fl
     )
 
 
-def rounding_noise(tensor: Tensor, key: tuple[int, int, int]) -> Tensor:
-    """Sixteen random bits for each element of this rank's part of a tensor, int32 in its local shape.
-
-    They are a hash of `key` and of the element's place in the whole tensor, so however it is sharded, an element gets the
-    same bits. (A generator would give every shard the same ones.)
-    """
-    local, starts = _local(tensor), (0,) * tensor.ndim
-    if isinstance(tensor, DTensor):
-        _, starts = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
-        )
-    bits = torch.zeros((), dtype=torch.int32, device=local.device)
-    for whole, size, start in zip(tensor.shape, local.shape, starts, strict=True):
-        places = torch.arange(start, start + size, dtype=torch.int32, device=local.device)
-        bits = bits.unsqueeze(-1) * whole + places
-    bits = bits ^ (random.Random(repr(key)).getrandbits(32) - (1 << 31))
-    # Two rounds of the hash lowbias32, https://github.com/skeeto/hash-prospector; products wrap, shifts keep the sign out.
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
-        bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
-        bits *= factor
-    return (bits >> 16) & 0xFFFF
-
-
-def stochastic_bfloat16(values: Tensor, noise: Tensor) -> Tensor:
-    """Round finite fp32 values to one of their two bf16 neighbours, so that the expectation is the value itself.
+def adamw_(
+    weight: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    grad: Tensor,
+    places: Tensor | None,
+    numbers: Sequence[float | Tensor],
+    seeds: Sequence[int | Tensor],
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor | None:
+    """A step of AdamW (https://arxiv.org/abs/1711.05101), in place; all [n], fp32 or bf16, and computed in fp32.
 
     Args:
-        values: fp32.
-        noise: int32 of the same shape, evenly spread over 0 to 65,535.
+        weight: to be updated, as are `mean` and `square`, the running averages of the gradient and its square.
+        mean: see `weight`.
+        square: see `weight`.
+        grad: the gradient.
+        places: as for `keep_`.
+        numbers: factor of the decay, root of the correction of `square`, rate over the correction of `mean`.
+        seeds: as for `keep_`, of each that is updated.
+        betas: decay rates of the averages.
+        eps: added to the denominator.
+
+    Returns:
+        What `keep_` counts of the weight.
     """
-    # A bf16 is the upper half of an fp32: a carry out of the lower half is as likely as that half is large.
-    return (values.view(torch.int32) + noise).bitwise_and_(-1 << 16).view(torch.float32).bfloat16()
+    decay, correction, rate = numbers
+    kept = weight, mean, square
+    weight, mean, square, grad = (x.float() for x in (*kept, grad))
+    mean.lerp_(grad, 1 - betas[0])
+    square.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    denominator = square.sqrt().div_(correction).add_(eps)
+    weight.mul_(decay).sub_(mean.div(denominator).mul_(rate))
+    counts = keep_(kept[0], weight, places, seeds[0], count=True)
+    keep_(kept[1], mean, places, seeds[1])
+    keep_(kept[2], square, places, seeds[2])
+    return counts
 
 
 def rounding_metrics(optimizer: torch.optim.Optimizer) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
-"""`benchmark.py optimizer`: what a step of the optimizer takes of the host, with which a GPU waits.
+"""`benchmark.py optimizer`: steps of the optimizer, over many small parameters and over a few large ones.
 
-Parameters are so small that computing them is nothing: what is left is the same with large ones. Each side runs on new gloo ranks,
-over DTensors as FSDP makes them; the last over plain tensors, which is the least that torch takes.
+Of small ones, of which computing is nothing, what is left is what the host does for each, with which a GPU waits. Each side runs on new
+gloo ranks, over DTensors as FSDP makes them; the last over plain tensors, which is the least that torch takes.
 """
 
 from __future__ import annotations
@@ -14,36 +14,47 @@ from statistics import median
 from scripts.benchmarks.common import Result, machine, on_ranks, setting, take_turns, versions
 from scripts.benchmarks.trainers import WORLD_SIZE
 
-HELP = "what a step of the optimizer takes of the host"
-ELEMENTS = 64
+HELP = "steps of the optimizer, beside torch's AdamW"
+CASES = {"many small": (400, 64), "few large": (4, 8_000_000)}
+"""Parameters, as many as in 36 layers, and elements of each."""
 OURS = "trainer.optimizer"
-SIDES = (OURS, f"{OURS}, state in bf16", "torch.optim.AdamW", "torch.optim.AdamW, plain tensors")
+LOW_BIT = f"{OURS}, state in bf16"
+SIDES = (
+    OURS,
+    LOW_BIT,
+    f"{LOW_BIT}, compiled",
+    "torch.optim.AdamW",
+    "torch.optim.AdamW, plain tensors",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--parameters", type=int, default=400, help="(%(default)s, of 36 layers)")
-    parser.add_argument("--steps", type=int, default=20, help="behind the first (%(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="behind the first (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> Result:
     """All numbers."""
-    shape = {"parameters": arguments.parameters, "steps": arguments.steps}
-    sides = {name: partial(steps_of_ranks, name, *shape.values()) for name in SIDES}
     return {
         "machine": machine(),
         "versions": versions("torch"),
         "ranks": WORLD_SIZE,
         "repeats": arguments.repeats,
-        **shape,
-        "sides": take_turns(sides, arguments.repeats),
+        "steps": arguments.steps,
+        "cases": {
+            name: take_turns(
+                {side: partial(steps_of_ranks, side, *size, arguments.steps) for side in SIDES},
+                arguments.repeats,
+            )
+            for name, size in CASES.items()
+        },
     }
 
 
-def steps_of_ranks(side: str, parameters: int, steps: int) -> Result:
-    return on_ranks(WORLD_SIZE, steps_of, side, parameters, steps)[0]
+def steps_of_ranks(side: str, parameters: int, elements: int, steps: int) -> Result:
+    return on_ranks(WORLD_SIZE, steps_of, side, parameters, elements, steps)[0]
 
 
-def steps_of(side: str, parameters: int, steps: int) -> Result:
+def steps_of(side: str, parameters: int, elements: int, steps: int) -> Result:
     """On a rank: seconds of the first step, which makes the state, and the median of the others."""
     import torch
     from torch import nn
@@ -53,19 +64,19 @@ def steps_of(side: str, parameters: int, steps: int) -> Result:
     from trainer.config import OptimizerConfig
     from trainer.optimizer import build_optimizer
 
-    config = OptimizerConfig(state_dtype="bfloat16" if side.endswith("bf16") else "float32")
+    config = OptimizerConfig(state_dtype="bfloat16" if side.startswith(LOW_BIT) else "float32")
     model = nn.Module()
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
     for number in range(parameters):
         if side.endswith("plain tensors"):
-            value = torch.randn(ELEMENTS // WORLD_SIZE)
+            value = torch.randn(elements // WORLD_SIZE)
         else:
-            value = distribute_tensor(torch.randn(ELEMENTS), mesh, [Shard(0)])
+            value = distribute_tensor(torch.randn(elements), mesh, [Shard(0)])
         parameter = nn.Parameter(value)
         parameter.grad = torch.zeros_like(parameter)
         model.register_parameter(f"p{number}", parameter)
     if side.startswith(OURS):
-        optimizer = build_optimizer(model, config)
+        optimizer = build_optimizer(model, config, compile=side.endswith("compiled"))
     else:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     found = []
@@ -78,18 +89,20 @@ def steps_of(side: str, parameters: int, steps: int) -> Result:
 
 def as_markdown(result: Result) -> str:
     """The numbers as a Markdown table."""
-    ours = result["sides"][OURS]
     lines = [
         setting(result),
-        f"{result['parameters']} parameters of {ELEMENTS} elements on {result['ranks']} gloo ranks; medians of {result['repeats']} runs of "
-        f"{result['steps']} steps",
-        "",
-        "| side | first step, ms | a step, ms | of the first side's |",
-        "|---|---|---|---|",
+        f"{result['ranks']} gloo ranks; medians of {result['repeats']} runs of {result['steps']} steps",
     ]
-    for name, side in result["sides"].items():
-        lines.append(
-            f"| {name} | {1e3 * side['first_seconds']:,.0f} | {1e3 * side['seconds']:.1f} "
-            f"| {side['seconds'] / ours['seconds']:.2f} |"
-        )
+    for name, sides in result["cases"].items():
+        parameters, elements = CASES[name]
+        lines += [
+            "",
+            f"| {parameters} parameters of {elements:,} elements | first step, ms | a step, ms | of the first side's |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {side} | {1e3 * found['first_seconds']:,.0f} | {1e3 * found['seconds']:,.1f} "
+            f"| {found['seconds'] / sides[OURS]['seconds']:.2f} |"
+            for side, found in sides.items()
+        ]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import pytest
 from models.build import build_model
 from models.flops import training_flops
 from scripts.benchmark import main
-from scripts.benchmarks import gpu, limit, overhead, scaling, start, workload
+from scripts.benchmarks import gpu, limit, optimizer, overhead, scaling, start, workload
 from scripts.benchmarks import step as step_benchmark
 from scripts.benchmarks.data import NO_TRL
 from scripts.benchmarks.trainers import Work
@@ -222,11 +222,15 @@ def test_overhead(
 
 
 @pytest.mark.distributed
-def test_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(optimizer, "CASES", {"many small": (20, 64)})
+    # Compiled is tested in tests/trainer/test_precision.py.
+    monkeypatch.setattr(optimizer, "SIDES", [s for s in optimizer.SIDES if "compiled" not in s])
     file = tmp_path / "numbers.json"
-    flags = ["--parameters=20", "--steps=3", "--repeats=1", "--json", str(file)]
-    assert main(["optimizer", *flags]) == 0
-    sides = json.loads(file.read_text())["sides"]
+    assert main(["optimizer", "--steps=3", "--repeats=1", "--json", str(file)]) == 0
+    sides = json.loads(file.read_text())["cases"]["many small"]
     assert len(sides) == 4
     assert all(0 < side["seconds"] <= side["first_seconds"] for side in sides.values())
     assert "| trainer.optimizer, state in bf16 |" in capsys.readouterr().out

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from models.build import decoder_layer_classes
 from tests.support.models import full, packed_batch, random_documents, tiny_model
@@ -24,15 +25,15 @@ from trainer.config import CheckpointConfig, OptimizerConfig, ParallelConfig, Sc
 from trainer.errors import TrainError
 from trainer.loss import causal_lm_loss
 from trainer.optimizer import (
+    ADAMW_STATE,
     STATE_DTYPES,
     build_optimizer,
     clip_gradients,
     learning_rate_at,
-    rounding_noise,
     set_learning_rate,
-    stochastic_bfloat16,
 )
 from trainer.parallel import build_mesh, parallelise
+from trainer.rounding import places_in_whole, rounded_bfloat16, rounding_noise, seed_of
 
 PEAK = 2.0
 
@@ -145,9 +146,6 @@ def _over_shards() -> list[Any]:
         assert all(isinstance(x, DTensor) for x in state)
         found.append([x.full_tensor() for x in (*model.parameters(), *state)])
     return found
-
-
-ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 
 
 @pytest.mark.distributed
@@ -450,22 +448,27 @@ def test_resuming_is_bit_exact_with_every_optimizer(tmp_path: Path) -> None:
         assert results == [(True, True, True)] * 4
 
 
+def _noise(tensor: torch.Tensor, *key: int) -> torch.Tensor:
+    places = places_in_whole(tensor, 0, tensor.numel())
+    return rounding_noise(places, seed_of(*key)).view_as(tensor)
+
+
 def test_rounding_to_bf16_is_unbiased_and_only_to_neighbours() -> None:
     last_bit = 2.0**-7  # of bf16 numbers from 1 to 2
     for sign, share in itertools.product((1.0, -1.0), (0.25, 0.9)):
         values = torch.full((40_000,), sign * (1 + share * last_bit))
-        rounded = stochastic_bfloat16(values, rounding_noise(values, (1, 1, 0))).float()
+        rounded = rounded_bfloat16(values, _noise(values, 1, 1, 0)).float()
         assert set(rounded.tolist()) == {sign, sign * (1 + last_bit)}
         assert float((rounded.abs() > 1).float().mean()) == pytest.approx(share, abs=0.01)
     exact = torch.randn(1000).bfloat16().float()
     exact[0] = 0.0
-    assert torch.equal(stochastic_bfloat16(exact, rounding_noise(exact, (1, 1, 0))).float(), exact)
+    assert torch.equal(rounded_bfloat16(exact, _noise(exact, 1, 1, 0)).float(), exact)
 
 
 def test_rounding_noise_is_even_and_independent_of_its_neighbours() -> None:
     weight = torch.zeros(300, 700)
     first, *others = (
-        rounding_noise(weight, key).double() for key in ((1, 1, 0), (2, 1, 0), (1, 2, 0), (1, 1, 1))
+        _noise(weight, *key).double() for key in ((1, 1, 0), (2, 1, 0), (1, 2, 0), (1, 1, 1))
     )
     assert first.min() >= 0 and first.max() < 2**16
     counts = torch.histc(first, 256, 0, 2**16)
@@ -477,6 +480,75 @@ def test_rounding_noise_is_even_and_independent_of_its_neighbours() -> None:
     for one, other in pairs:
         both = torch.stack([one.flatten(), other.flatten()])
         assert abs(float(torch.corrcoef(both)[0, 1])) < 0.01
+
+
+def _places_of_ranks() -> list[bool]:
+    """Whether a rank's places are those of its part of all places, by how tensors are cut."""
+    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    layouts = [(line, [Shard(0)]), (line, [Shard(1)]), (square, [Shard(0), Shard(1)])]
+    layouts += [(square, [Shard(1), Replicate()])]
+    found = []
+    for shape in [(6, 7), (3, 5, 4), (1, 9), (16, 8, 2)]:
+        whole = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
+        for mesh, placements in layouts:
+            cut = distribute_tensor(whole, mesh, placements)
+            mine, number = cut.to_local().flatten(), cut.to_local().numel()
+            found.append(torch.equal(places_in_whole(cut, 0, number), mine))
+            found.append(
+                torch.equal(places_in_whole(cut, number // 2, number), mine[number // 2 :])
+            )
+    return found
+
+
+@pytest.mark.distributed
+def test_every_rank_knows_where_its_elements_are() -> None:
+    for found in run_ranks(_places_of_ranks, 4):
+        assert found == [True] * 32
+
+
+def _updated(shapes: list[tuple[int, ...]], **options: Any) -> tuple[Any, list[torch.Tensor]]:
+    """An optimizer with masters and state in bf16 behind some steps, and what it keeps."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    for number, shape in enumerate(shapes):
+        model.register_parameter(f"p{number}", nn.Parameter(torch.randn(shape).bfloat16()))
+    model.turned = nn.Parameter(torch.randn(20, 10).bfloat16().t())
+    config = OptimizerConfig(state_dtype="bfloat16", rounding=options.pop("rounding", "stochastic"))
+    optimizer = build_optimizer(model, config, **options)
+    graphs = []
+    for step in range(4):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape).bfloat16()
+        set_learning_rate(optimizer, 1e-2 / (1 + step))
+        optimizer.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1  # nothing is compiled behind the first step
+    kept = [optimizer.state[p][name] for p in model.parameters() for name in ADAMW_STATE]
+    return optimizer, [*model.parameters(), *kept]
+
+
+SHAPES: list[tuple[int, ...]] = [(64, 48), (33,), (1,), (5, 3, 7), (1, 9)]
+
+
+def test_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, whole = _updated(SHAPES)
+    monkeypatch.setattr("trainer.optimizer.BLOCK", 100)
+    assert _equal(whole, _updated(SHAPES)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_a_compiled_update_rounds_as_an_uncompiled_one(rounding: str) -> None:
+    plain, expected = _updated(SHAPES, rounding=rounding)
+    compiled, found = _updated(SHAPES, rounding=rounding, compile=True)
+    differing = [x != y for x, y in zip(expected, found, strict=True)]
+    # What the last bit of an fp32 decides.
+    assert sum(int(x.sum()) for x in differing) <= 1e-3 * sum(x.numel() for x in differing)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=2**-7, atol=1e-6)
+    assert compiled.unmoved.tolist() == pytest.approx(plain.unmoved.tolist(), rel=1e-3)
+    assert plain.unmoved[0] > 0
 
 
 def test_a_slow_running_average_in_bf16_does_not_stop_moving() -> None:
