@@ -44,7 +44,7 @@ def build_optimizer(
         layer_classes: the decoder layers, whose matrices Muon updates but embeddings; AdamW updates everything else.
         embedding: the parameter whose rate is multiplied by `embedding_lr_ratio`.
         head: likewise by `head_lr_ratio`; where it is the embedding, the embedding's ratio counts.
-        compile: make one kernel of an update by AdamW where parameters or state are bf16.
+        compile: compile the update by AdamW where parameters or state are bf16.
 
     A `config.name` of `callable:package.function` names a function of (model, groups, config): the groups are for
     torch.optim, with weight decay in those of matrices.
@@ -168,12 +168,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
         super().__init__(groups, blank.defaults)
         self._config = config
         self._dtype = STATE_DTYPES[config.state_dtype]
-        # What differs from call to call are tensors and their one length: one graph does for all.
-        self._update: Callable[..., Any] = (
-            torch.compile(adamw_, dynamic=True) if compile else adamw_
-        )
-        self._number: Callable[..., Any] = torch.tensor if compile else _as_it_is
         masters = {p.dtype for group in self.param_groups for p in group["params"]}
+        low_bit = torch.bfloat16 in masters | {self._dtype}
+        self._noisy = low_bit and config.rounding == "stochastic"
+        # What differs from call to call are tensors and their one length: one graph does for all.
+        compiled = compile and low_bit
+        self._update: Callable[..., Any] = (
+            torch.compile(adamw_, dynamic=True) if compiled else adamw_
+        )
+        self._number: Callable[..., Any] = torch.tensor if compiled else _as_it_is
         self.unmoved = torch.zeros(2, dtype=torch.int64) if torch.bfloat16 in masters else None
         """Of this rank's bf16 masters since it was set to zero: elements that stayed as they were though their step
         had an update for them, and elements with an update; [2]. None where all masters are fp32."""
@@ -202,17 +205,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
             _local(x) for x in (parameter, *(state[name] for name in ADAMW_STATE), parameter.grad)
         ]
         flat = [x.contiguous().view(-1) for x in own]
-        stochastic = self._config.rounding == "stochastic"
         for begin in range(0, len(flat[0]), BLOCK):
             end = min(begin + BLOCK, len(flat[0]))
             # Without its base, which a graph would be compiled for.
             *kept, grad = (x[begin:end].data for x in flat)
-            places = places_in_whole(parameter, begin, end) if stochastic else None
-            counts = self._update(
-                *kept, grad, places, numbers, seeds, self._config.betas, self._config.eps
+            places = places_in_whole(parameter, begin, end) if self._noisy else None
+            self._count(
+                self._update(
+                    *kept, grad, places, numbers, seeds, self._config.betas, self._config.eps
+                )
             )
-            if counts is not None:
-                self._count(counts)
         for whole, part in zip(own[:-1], flat[:-1], strict=True):
             if part.data_ptr() != whole.data_ptr():  # it lay in another order
                 whole.copy_(part.view_as(whole))
@@ -245,20 +247,17 @@ class GroupedOptimizer(torch.optim.Optimizer):
             unit_step = _orthogonal_step(direction, adjustment)
         weight.mul_(1 - rate * weight_decay).add_(unit_step, alpha=rate)
         step = int(state["step"])
-        for tensor, (kept, exact) in enumerate(
-            [(parameter, weight), (state["momentum_buffer"], average)]
-        ):
-            places = None
-            if self._config.rounding == "stochastic":
-                places = places_in_whole(parameter, 0, exact.numel()).view_as(exact)
-            seed = seed_of(step, place, tensor)
-            counts = keep_(_local(kept), exact, places, seed, count=tensor == 0)
-            if counts is not None:
-                self._count(counts)
+        places = None
+        if self._noisy:
+            places = places_in_whole(parameter, 0, weight.numel()).view_as(weight)
+        seeds = [seed_of(step, place, tensor) for tensor in range(2)]
+        self._count(keep_(_local(parameter), weight, places, seeds[0], count=True))
+        keep_(_local(state["momentum_buffer"]), average, places, seeds[1])
 
-    def _count(self, counts: Tensor) -> None:
-        assert self.unmoved is not None
-        self.unmoved = self.unmoved.to(counts.device) + counts
+    def _count(self, counts: Tensor | None) -> None:
+        if counts is not None:
+            assert self.unmoved is not None
+            self.unmoved = self.unmoved.to(counts.device) + counts
 
     def _state(self, parameter: Tensor, *names: str) -> dict[str, Any]:
         """The parameter's state in the step that begins, its count on the host; zeros at first."""

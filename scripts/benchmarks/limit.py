@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> Result:
     for shape in [arguments.shape] if arguments.shape else SHAPES:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             # One more step is traced.
-            write_workload(Path(folder), SHAPES[shape], (WARM_UP + arguments.steps + 1) * each)
+            write_workload(Path(folder), SHAPES[shape], arguments.steps + 1, micro_batches=each)
             for dtype in [arguments.dtype] if arguments.dtype else usual_dtypes():
                 flags = tuple(shlex.split(arguments.flags))
                 work = Work(

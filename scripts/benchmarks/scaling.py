@@ -72,7 +72,7 @@ def settings(work: Work) -> dict[str, dict[str, Side]]:
 
     def shaped(seq_len: int, rows: int, accumulated: int = 1) -> Work:
         shape = replace(SHAPE, seq_len=seq_len, micro_batch_size=rows)
-        return replace(work, shape=shape, flags=(f"--global_batch_size={rows * accumulated}",))
+        return replace(work, shape=shape, micro_batches=accumulated)
 
     return {
         "ranks": {str(ranks): partial(train_on, ranks, work) for ranks in RANKS},

@@ -75,9 +75,12 @@ def usual_dtypes() -> tuple[str, ...]:
     return DTYPES if has_bf16_units() else DTYPES[:1]
 
 
-def write_workload(folder: Path, shape: Shape, steps: int, *, ranks: int = WORLD_SIZE) -> None:
+def write_workload(
+    folder: Path, shape: Shape, steps: int, *, ranks: int = WORLD_SIZE, micro_batches: int = 1
+) -> None:
+    """A model, and rows for so many steps behind the warm-up, each of so many micro-batches of a rank."""
     on_ranks(1, write_model, folder / "model", shape)
-    write_rows(folder, shape, steps=WARM_UP + steps, ranks=ranks)
+    write_rows(folder, shape, steps=(WARM_UP + steps) * micro_batches, ranks=ranks)
 
 
 def launch(

@@ -226,7 +226,7 @@ def test_optimizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(optimizer, "CASES", {"many small": (20, 64)})
-    # Compiled is tested in tests/trainer/test_precision.py.
+    # Compiled is tested in tests/trainer/test_optimizer.py.
     monkeypatch.setattr(optimizer, "SIDES", [s for s in optimizer.SIDES if "compiled" not in s])
     file = tmp_path / "numbers.json"
     assert main(["optimizer", "--steps=3", "--repeats=1", "--json", str(file)]) == 0

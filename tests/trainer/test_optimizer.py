@@ -515,7 +515,7 @@ def _updated(shapes: list[tuple[int, ...]], **options: Any) -> tuple[Any, list[t
     model.turned = nn.Parameter(torch.randn(20, 10).bfloat16().t())
     config = OptimizerConfig(state_dtype="bfloat16", rounding=options.pop("rounding", "stochastic"))
     optimizer = build_optimizer(model, config, **options)
-    graphs = []
+    before, graphs = counters["stats"]["unique_graphs"], []
     for step in range(4):
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape).bfloat16()
@@ -523,6 +523,7 @@ def _updated(shapes: list[tuple[int, ...]], **options: Any) -> tuple[Any, list[t
         optimizer.step()
         graphs.append(counters["stats"]["unique_graphs"])
     assert len(set(graphs)) == 1  # nothing is compiled behind the first step
+    assert (graphs[0] > before) == options.get("compile", False)
     kept = [optimizer.state[p][name] for p in model.parameters() for name in ADAMW_STATE]
     return optimizer, [*model.parameters(), *kept]
 
